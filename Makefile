@@ -1,0 +1,42 @@
+# The vocabulary of this repository. Every target sets up what it lacks.
+
+PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check fix clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
+	@echo 'Options: PYTHON=python3.12 (interpreter of a new .venv), ARGS="..." (passed on by serve and test)'
+
+setup: $(READY) ## Make .venv with everything the other targets need
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; none was found. Name one: make setup PYTHON=/path/to/python3' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check]'
+	@touch $@
+
+serve: $(READY) ## Serve the embedded tiny checkpoint on 127.0.0.1:8000; ARGS="DIR --port 9000" for another
+	$(BIN)/helios-serve serve $(ARGS)
+
+test: $(READY) ## Run the tests, two processes with one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+check: $(READY) ## Format, lint, types and import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(READY) ## Format and repair what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove .venv, caches and build outputs
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

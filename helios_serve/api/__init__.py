@@ -1,0 +1,1 @@
+"""The surfaces that clients talk to. Starts without model code; requests become `types.VideoRequest` in `convert`."""

@@ -1,0 +1,288 @@
+"""The one place where a client's JSON becomes a `types.VideoRequest`, complete and valid.
+
+Resolves every default with the checkpoint's `ModelInfo`, checks what only the checkpoint can decide, and lists what was
+accepted without effect. Knows no protocol and no store.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from helios_serve.api.media_input import Media, load_image, load_video
+from helios_serve.api.names import NamedBody, read_body, shown
+from helios_serve.api.sampling import ParameterWarning, Shape, Warnings, resolve_sampling, service_class_of
+from helios_serve.api.schemas import PromptEntry
+from helios_serve.api.sizes import check_size
+from helios_serve.errors import InvalidRequestError, NotFoundError
+from helios_serve.types import FRAMES_PER_CHUNK, ModelInfo, PromptChange, SamplingParams, VideoRequest
+
+DEFAULT_NUM_FRAMES = 132
+DEFAULT_EXPIRY_S = 86_400
+_BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a caller may ask for. `model_aliases` are further names of the served checkpoint, e.g. its hub id."""
+
+    max_frames: int = 7260
+    max_b64_frames: int = 726
+    max_prompts: int = 64
+    model_aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedRequest:
+    """A valid request and what its answer needs beside the video."""
+
+    request: VideoRequest
+    warnings: tuple[ParameterWarning, ...]
+    response_format: Literal["url", "b64_json"]
+    detach: bool
+    user: str | None
+    metadata: Mapping[str, str] | None
+
+
+def parse_generation(body: Mapping[str, object], model: ModelInfo, media: Media, limits: Limits) -> ParsedRequest:
+    """Validates `body` (a parsed JSON object) for `model`; decodes its media, which may take a while.
+
+    Raises:
+        InvalidRequestError: anything that cannot be served as written, with `param` as the client named the field.
+        NotFoundError: another model was asked for.
+    """
+    named = read_body(body)
+    fields = named.fields
+    warnings: Warnings = []
+    _check_model(named, model, limits)
+    _check_off(named)
+    _check_outputs(named)
+    width, height = _size(named, model, warnings)
+    num_frames = _num_frames(named, limits, warnings)
+    params = resolve_sampling(named, model, Shape(width=width, height=height, num_frames=num_frames), warnings)
+    if fields.response_format == "b64_json" and params.num_output_frames > limits.max_b64_frames:
+        raise InvalidRequestError(
+            f"response_format b64_json: the video has {params.num_output_frames} frames, at most "
+            f"{limits.max_b64_frames} fit; use url",
+            param="response_format",
+        )
+    prompts = _prompts(named, params, limits)
+    _check_media(named, warnings)
+    request = VideoRequest(
+        request_id=new_video_id(),
+        prompts=prompts,
+        params=params,
+        negative_prompt="" if fields.negative_prompt is None else fields.negative_prompt,
+        image=load_image(named, params, media),
+        video=load_video(named, params, media),
+        service_class=service_class_of(fields.helios),
+    )
+    return ParsedRequest(
+        request=request,
+        warnings=tuple(warnings),
+        response_format=fields.response_format,
+        detach=fields.detach,
+        user=fields.user,
+        metadata=fields.metadata,
+    )
+
+
+def new_video_id() -> str:
+    """`video_` and 26 base32 characters: 48 bits of milliseconds, then 80 random bits, so ids sort by time."""
+    value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    return "video_" + "".join(_BASE32[value >> shift & 31] for shift in range(125, -1, -5))
+
+
+def _check_model(named: NamedBody, model: ModelInfo, limits: Limits) -> None:
+    asked = named.fields.model
+    if asked is not None and asked != model.name and asked not in limits.model_aliases:
+        raise NotFoundError(
+            f"model {shown(asked)}: not served here; served: {model.name}", param="model", code="model_not_found"
+        )
+
+
+def _check_off(named: NamedBody) -> None:
+    """Fields of the schema that this server cannot honour yet: only the value that means off is accepted."""
+    body = named.fields
+    unsupported = (
+        ("stream", body.stream, "streaming is not offered; leave it out and the answer comes when the video is done"),
+        ("async", body.async_, "only synchronous calls are offered; leave it out"),
+        ("priority", body.priority != 0, "priorities are not offered; leave it out or give 0"),
+        ("queue_timeout", body.queue_timeout is not None, "queue time-outs are not offered; leave it out"),
+        ("webhook_url", body.webhook_url is not None, "webhooks are not offered; leave it out"),
+        ("expires_after", body.expires_after not in (None, DEFAULT_EXPIRY_S), "only 86400 is offered; leave it out"),
+    )
+    for key, is_set, message in unsupported:
+        if is_set:
+            raise InvalidRequestError(
+                f"{named.name(key)}: {message}", param=named.name(key), code="unsupported_parameter"
+            )
+    if body.helios.reproducible is not None:
+        name = named.name("helios", "reproducible")
+        raise InvalidRequestError(f"{name}: not offered; leave it out", param=name, code="unsupported_parameter")
+
+
+def _check_outputs(named: NamedBody) -> None:
+    body = named.fields
+    if body.n != 1:
+        name = named.name("n")
+        raise InvalidRequestError(f"{name} {shown(body.n)}: only 1; send one request per video", param=name)
+    if body.output_format != "mp4":
+        raise InvalidRequestError(
+            f"output_format {shown(body.output_format)}: only mp4; for royalty-free video set codec to vp9 or av1",
+            param="output_format",
+        )
+    for key in () if body.metadata is None else body.metadata:
+        if not 1 <= len(key) <= 64:
+            raise InvalidRequestError(f"metadata key {shown(key)}: must have 1 to 64 characters", param="metadata")
+
+
+def _size(named: NamedBody, model: ModelInfo, warnings: Warnings) -> tuple[int, int]:
+    body = named.fields
+    if body.width is None and body.height is None:
+        size = _size_from_text(named, model)
+        param = "size"
+    else:
+        if body.width is None or body.height is None:
+            given, missing = ("height", "width") if body.width is None else ("width", "height")
+            raise InvalidRequestError(
+                f"{missing}: required beside {given}", param=missing, code="missing_required_parameter"
+            )
+        size = (body.width, body.height)
+        param = "width"
+        if body.size not in (None, "auto") and _size_from_text(named, model) != size:
+            raise InvalidRequestError(
+                f"size {shown(body.size)}: width and height say {size[0]}x{size[1]}; give one of them",
+                param="size",
+                code="conflicting_parameters",
+            )
+    check_size(*size, model, param)
+    if size not in model.recommended_sizes:
+        recommended = ", ".join(f"{w}x{h}" for w, h in model.recommended_sizes)
+        message = f"{size[0]}x{size[1]} is outside the recommended sizes ({recommended}); the picture may jump"
+        warnings.append(ParameterWarning(param=param, message=message))
+    return size
+
+
+def _size_from_text(named: NamedBody, model: ModelInfo) -> tuple[int, int]:
+    text = named.fields.size
+    if text is None:
+        return model.default_size
+    if text == "auto":
+        if named.fields.input_reference is not None:
+            raise InvalidRequestError(
+                "size auto: not offered beside an image; give WIDTHxHEIGHT", param="size", code="unsupported_parameter"
+            )
+        return model.default_size
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    if match is None:
+        width, height = model.default_size
+        raise InvalidRequestError(
+            f"size {shown(text)}: must be WIDTHxHEIGHT, like {width}x{height}, or auto", param="size"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _num_frames(named: NamedBody, limits: Limits, warnings: Warnings) -> int:
+    body = named.fields
+    if body.num_frames is not None:
+        name = named.name("num_frames")
+        if body.num_frames > limits.max_frames:
+            raise InvalidRequestError(
+                f"{name} {shown(body.num_frames)}: at most {limits.max_frames} for this key", param=name
+            )
+        if body.seconds is not None:
+            message = f"no effect: {name} says {body.num_frames}"
+            warnings.append(ParameterWarning(param=named.name("seconds"), message=message))
+        return body.num_frames
+    if body.seconds is None:
+        return min(DEFAULT_NUM_FRAMES, limits.max_frames)
+    name = named.name("seconds")
+    exact = body.seconds * body.fps
+    if not 0.5 <= exact < limits.max_frames + 0.5:
+        raise InvalidRequestError(
+            f"{name} {body.seconds:g}: {exact:.6g} frames at {body.fps:g} fps; "
+            f"must give at least 1 and at most {limits.max_frames} frames for this key",
+            param=name,
+        )
+    return math.floor(exact + 0.5)
+
+
+def _prompts(named: NamedBody, params: SamplingParams, limits: Limits) -> tuple[PromptChange, ...]:
+    prompt, schedule = named.fields.prompt, named.fields.prompts
+    if schedule is None:
+        if prompt is None:
+            raise InvalidRequestError("prompt: required", param="prompt", code="missing_required_parameter")
+        return (PromptChange(chunk=0, prompt=prompt),)
+    if not 1 <= len(schedule) <= limits.max_prompts:
+        raise InvalidRequestError(
+            f"prompts: {len(schedule)} entries, must be 1 to {limits.max_prompts}", param="prompts"
+        )
+    if prompt is not None and prompt != schedule[0].prompt:
+        raise InvalidRequestError(
+            "prompt: prompts[0].prompt says something else; give one of them",
+            param="prompt",
+            code="conflicting_parameters",
+        )
+    changes: list[PromptChange] = []
+    for index, entry in enumerate(schedule):
+        name, value, chunk = _start_of(index, entry, params)
+        if chunk >= params.num_chunks:
+            last = params.num_chunks - 1
+            raise InvalidRequestError(
+                f"{name} {value:g}: the video has {params.num_chunks} chunk{'s' if last else ''}, 0 to {last}",
+                param=name,
+            )
+        if index == 0 and chunk != 0:
+            raise InvalidRequestError(f"{name} {value:g}: the first prompt must start at 0", param=name)
+        if changes and chunk <= changes[-1].chunk:
+            raise InvalidRequestError(
+                f"{name} {value:g}: starts in chunk {chunk}, must come after chunk {changes[-1].chunk}", param=name
+            )
+        changes.append(PromptChange(chunk=chunk, prompt=entry.prompt, transition_chunks=entry.transition_chunks))
+    return tuple(changes)
+
+
+def _start_of(index: int, entry: PromptEntry, params: SamplingParams) -> tuple[str, float, int]:
+    """Name and value of the field that says where the entry begins, and its chunk: the one that holds the moment."""
+    name = f"prompts[{index}]"
+    if entry.chunk is not None and entry.start_seconds is not None:
+        raise InvalidRequestError(
+            f"{name}: chunk and start_seconds are two names of one moment; give one of them",
+            param=name,
+            code="conflicting_parameters",
+        )
+    if entry.chunk is not None:
+        return f"{name}.chunk", entry.chunk, entry.chunk
+    if entry.start_seconds is not None:
+        chunk = entry.start_seconds * params.fps / FRAMES_PER_CHUNK
+        # 1e-9: a start computed as chunk * 33 / fps must not fall into the chunk before by rounding.
+        return f"{name}.start_seconds", entry.start_seconds, math.floor(min(chunk, 1e6) + 1e-9)
+    if index == 0:
+        return f"{name}.chunk", 0, 0
+    raise InvalidRequestError(
+        f"{name}.chunk: required, or start_seconds", param=f"{name}.chunk", code="missing_required_parameter"
+    )
+
+
+def _check_media(named: NamedBody, warnings: Warnings) -> None:
+    body = named.fields
+    if body.input_reference is not None and body.video is not None:
+        name = named.name("video")
+        raise InvalidRequestError(
+            f"{name}: not together with {named.name('input_reference')}; give one of them",
+            param=name,
+            code="conflicting_parameters",
+        )
+    if body.input_reference is not None or body.video is not None:
+        return
+    bounds = (f"{kind}_noise_sigma_{edge}" for kind in ("image", "video") for edge in ("min", "max"))
+    for key in ("image_fit", *bounds):
+        if named.has("helios", key):
+            message = "no effect: the request has no image and no video"
+            warnings.append(ParameterWarning(param=named.name("helios", key), message=message))

@@ -1,0 +1,317 @@
+"""The JSON that clients send and receive, as pydantic models, and the other names that a field goes by.
+
+Knows types and ranges that hold for every checkpoint; knows nothing of a checkpoint's own rules (`convert`) and nothing
+of HTTP. Scalars are strict: a boolean is no number, a string is no number, NaN and infinity are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from helios_serve.types import Codec, FramePolicy, ImageFit, ServiceClass
+
+MAX_SEED = 2**63 - 1
+MAX_PROMPT_CHARS = 32_000
+
+FIELD_ALIASES = {
+    "frames": "num_frames",
+    "duration": "seconds",
+    "image": "input_reference",
+    "image_url": "input_reference",
+    "image_reference": "input_reference",
+    "first_frame": "input_reference",
+    "video_reference": "video",
+    "video_url": "video",
+    "num_outputs_per_prompt": "n",
+    "safety_identifier": "user",
+    "callback_url": "webhook_url",
+    "partial_images": "partial_videos",
+}
+"""Other name of a top-level field -> the field."""
+
+HELIOS_ALIASES = {
+    "pyramid_steps": "steps",
+    "pyramid_num_inference_steps_list": "steps",
+    "is_amplify_first_chunk": "amplify_first_chunk",
+    "is_skip_first_chunk": "skip_first_chunk",
+}
+"""Other name of a key of `helios` -> the key."""
+
+HELIOS_CONTAINERS = ("helios", "extra_params", "extra_body")
+"""Objects whose keys are keys of `helios`; the last two may hold top-level fields as well."""
+
+
+def _number_from_text(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+        return float(value)
+    return value
+
+
+def _as_image_reference(value: object) -> object:
+    return {"image_url": value} if isinstance(value, str) else value
+
+
+def _as_video_reference(value: object) -> object:
+    return {"video_url": value} if isinstance(value, str) else value
+
+
+def _seconds_of(value: object) -> object:
+    return value["seconds"] if isinstance(value, dict) and set(value) == {"seconds"} else value
+
+
+def _all_partials(value: object) -> object:
+    return "all" if isinstance(value, int) and value > 0 and not isinstance(value, bool) else value
+
+
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
+Sigma = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Input(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ImageReference(_Input):
+    """An image, as a `data:` URI or an uploaded file."""
+
+    image_url: str | None = None
+    file_id: str | None = None
+
+
+class VideoReference(_Input):
+    """A video to continue, as a `data:` URI, an uploaded file or an own finished video."""
+
+    video_url: str | None = None
+    file_id: str | None = None
+    id: str | None = None
+
+
+class PromptEntry(_Input):
+    """One entry of a prompt schedule; exactly one of `chunk` and `start_seconds` says where it begins."""
+
+    prompt: Prompt
+    chunk: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    start_seconds: Annotated[float, Field(ge=0)] | None = None
+    transition_chunks: Annotated[int, Field(ge=0, le=1000)] = 2
+
+
+class HeliosParams(_Input):
+    """What Helios offers beyond the OpenAI schema. Each key may also be given at the top level."""
+
+    steps: list[int] | None = Field(
+        default=None, description="Steps per pyramid stage; also `pyramid_steps`, `pyramid_num_inference_steps_list`."
+    )
+    num_inference_steps: int | None = Field(default=None, description="Steps of a checkpoint that has one stage.")
+    profile: Literal["quality", "realtime"] | None = None
+    guidance_scale: float | None = Field(default=None, ge=1, le=20)
+    amplify_first_chunk: bool | None = None
+    skip_first_chunk: bool = False
+    use_zero_init: bool | None = None
+    zero_steps: int | None = Field(default=None, ge=0, le=100)
+    image_noise_sigma_min: Sigma = 0.111
+    image_noise_sigma_max: Sigma = 0.135
+    video_noise_sigma_min: Sigma = 0.111
+    video_noise_sigma_max: Sigma = 0.135
+    frame_policy: FramePolicy = "trim"
+    image_fit: ImageFit = "crop"
+    crf: int = Field(default=23, ge=0, le=51)
+    service_class: ServiceClass | None = None
+    reproducible: Literal["strict"] | None = None
+    is_enable_stage2: bool | None = None
+    pyramid_num_stages: int | None = None
+
+
+class GenerationBody(_Input):
+    """The body of `POST /v1/videos/generations`. `prompt` is required unless `prompts` is given."""
+
+    prompt: Prompt | None = None
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
+    model: str | None = None
+    size: str | None = Field(default=None, description="WIDTHxHEIGHT or auto; or give `width` and `height`.")
+    width: int | None = Field(default=None, ge=1, le=1_000_000)
+    height: int | None = Field(default=None, ge=1, le=1_000_000)
+    num_frames: int | None = Field(default=None, ge=1, description="Wins over `seconds`. Also `frames`.")
+    seconds: Annotated[float, BeforeValidator(_number_from_text), Field(gt=0)] | None = None
+    fps: float = Field(default=24, ge=1, le=60, description="Playback rate of the file; frames do not depend on it.")
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    input_reference: Annotated[ImageReference, BeforeValidator(_as_image_reference)] | None = Field(
+        default=None, description="Image to start from. Also `image`, `image_url`, `image_reference`, `first_frame`."
+    )
+    video: Annotated[VideoReference, BeforeValidator(_as_video_reference)] | None = Field(
+        default=None, description="Video to continue. Also `video_reference`, `video_url`."
+    )
+    prompts: list[PromptEntry] | None = None
+    response_format: Literal["url", "b64_json"] = "url"
+    n: int = 1
+    output_format: str = "mp4"
+    codec: Codec = "h264"
+    detach: bool = False
+    user: Annotated[str, Field(max_length=256)] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    stream: bool = False
+    async_: bool = Field(default=False, alias="async")
+    partial_videos: Annotated[Literal["all", 0], BeforeValidator(_all_partials)] = "all"
+    priority: int = 0
+    queue_timeout: float | None = None
+    webhook_url: str | None = None
+    expires_after: Annotated[int, BeforeValidator(_seconds_of)] | None = None
+    helios: HeliosParams = HeliosParams()
+
+
+class WarningItem(BaseModel):
+    """A parameter that was accepted and has no effect, or one that deserves a second look."""
+
+    param: str
+    message: str
+
+
+class Usage(BaseModel):
+    """What a video took; `gpu_seconds` counts device time of the transformer's steps."""
+
+    num_frames: int
+    num_chunks: int
+    video_seconds: float
+    gpu_seconds: float
+
+
+class Timing(BaseModel):
+    """Milliseconds since the request was accepted; null where it has not happened."""
+
+    queue_ms: int | None
+    encode_ms: int | None
+    first_segment_ms: int | None
+    total_ms: int | None
+
+
+class GenerationItem(BaseModel):
+    """Exactly one of `url` and `b64_json` is set."""
+
+    url: str | None
+    b64_json: str | None
+    revised_prompt: str | None
+
+
+class GenerationDetails(BaseModel):
+    """The values that were really used."""
+
+    seed: int
+    fps: int | float
+    steps: list[int]
+    warnings: list[WarningItem]
+    timing: Timing
+
+
+class Generation(BaseModel):
+    """The answer to a synchronous generation."""
+
+    id: str
+    object: Literal["video.generation"]
+    created: int
+    model: str
+    data: list[GenerationItem]
+    size: str
+    seconds: str
+    output_format: Literal["mp4"]
+    usage: Usage
+    helios: GenerationDetails
+
+
+class VideoUrls(BaseModel):
+    """Absolute addresses; null where this server offers none."""
+
+    content: str
+    stream: str | None
+    events: str | None
+    hls: str | None
+
+
+class VideoDetails(BaseModel):
+    """What a job asked for and how far it is."""
+
+    state: Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
+    num_frames: int
+    num_chunks: int
+    chunks_done: int
+    fps: int | float
+    seed: int
+    steps: list[int]
+    queue_position: int | None
+    eta_seconds: float | None
+    urls: VideoUrls
+    timing: Timing
+    usage: Usage
+    warnings: list[WarningItem]
+    user: str | None
+    metadata: dict[str, str] | None
+    extended_from_video_id: str | None
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: `param` is the dotted path of the field at fault, `code` is stable."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """Every error, of every route."""
+
+    error: ErrorDetail
+
+
+class Video(BaseModel):
+    """A job and its video."""
+
+    id: str
+    object: Literal["video"]
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    prompt: str
+    size: str
+    seconds: str
+    error: ErrorDetail | None
+    remixed_from_video_id: str | None
+    helios: VideoDetails
+
+
+class ModelDetails(BaseModel):
+    """What a served checkpoint can do."""
+
+    variant: str
+    tasks: list[str]
+    frames_per_chunk: int
+    size_multiple: int
+    num_stages: int
+    recommended_sizes: list[str]
+    max_pixels: int
+    max_frames: int
+    default_fps: int
+    default_steps: list[int]
+    codecs: list[str]
+    measured_fps: dict[str, float] | None
+
+
+class ModelItem(BaseModel):
+    """A served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["helios"]
+    helios: ModelDetails
+
+
+class ModelList(BaseModel):
+    """All served models."""
+
+    object: Literal["list"]
+    data: list[ModelItem]

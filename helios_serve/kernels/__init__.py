@@ -1,0 +1,34 @@
+"""The public operations of the step path. Callers import them from here, so that a fused kernel can take the place of
+its plain reference without a change to the model."""
+
+from helios_serve.kernels.attention import Segments, attend, attention_scale
+from helios_serve.kernels.reference import (
+    conv3d,
+    gated_residual,
+    gelu_tanh,
+    layer_norm,
+    layer_norm_modulate,
+    qk_norm_rope,
+    rgb_to_yuv420,
+    rms_norm,
+    rms_norm_silu,
+    to_uint8,
+    vae_rms_norm,
+)
+
+__all__ = [
+    "Segments",
+    "attend",
+    "attention_scale",
+    "conv3d",
+    "gated_residual",
+    "gelu_tanh",
+    "layer_norm",
+    "layer_norm_modulate",
+    "qk_norm_rope",
+    "rgb_to_yuv420",
+    "rms_norm",
+    "rms_norm_silu",
+    "to_uint8",
+    "vae_rms_norm",
+]

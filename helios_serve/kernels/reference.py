@@ -1,0 +1,171 @@
+"""Every kernel in plain PyTorch: the definition that fused kernels are compared with, and the path on any device.
+
+Knows tensors only: no nouns of the engine, no configuration, no ranks. Statistics and modulation are computed in
+float32 (float64 for float64 inputs) and rounded once to the input's dtype, at the places where the reference rounds.
+Shape letters: N tokens, D width, H heads, Dh head size, R modulation rows, L text tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine, then `* (1 + scale) + shift` with the modulation row of each token.
+
+    Args:
+        x: [N, D], any float dtype.
+        shift, scale: [R, D] float32.
+        row: [N] integer, which of the R rows a token uses.
+
+    Returns: [N, D] in the dtype of `x`.
+    """
+    wide = _accumulator(x)
+    normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
+    return (normed * (1 + scale.to(wide)[row]) + shift.to(wide)[row]).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm with affine [D], float32 inside: [N, D] -> [N, D]."""
+    wide = _accumulator(x)
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, row: Tensor) -> Tensor:
+    """`x + y * gate[row]`, one rounding: x, y [N, D]; gate [R, D] float32; row [N] -> [N, D]."""
+    wide = _accumulator(x)
+    return (x.to(wide) + y.to(wide) * gate.to(wide)[row]).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension: x [N, D], weight [D] -> [N, D]."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotates neighbouring channel pairs: x [N, H, Dh], rotary [N, 2, Dh/2] float32 (cos, sin) -> [N, H, Dh].
+
+    Averaged rows (of the pooled history) are not unit vectors, so cos and sin are used as they are.
+    """
+    cos, sin = rotary[:, None].to(_accumulator(x)).unbind(2)  # (N, 1, Dh/2) each
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rotary: Tensor,
+    eps: float,
+    history_scale: Tensor | None = None,
+    row: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm of q and k over all heads, rotation, and the amplified history's key scale.
+
+    Args:
+        qkv: [N, 3, H, Dh], the output of the fused projection.
+        q_weight, k_weight: [H * Dh].
+        rotary: [N, 2, Dh/2] float32.
+        history_scale: [H] or [1] float32, multiplied into the keys of tokens whose `row` is 0; None when the
+            checkpoint does not amplify its history.
+        row: [N] integer modulation rows; row 0 is the history's. Needed with `history_scale`.
+
+    Returns: q, k, v, each [N, H, Dh].
+    """
+    q, k, v = qkv.unbind(1)
+    q = rotate(rms_norm(q.flatten(1), q_weight, eps).view_as(q), rotary)
+    k = rotate(rms_norm(k.flatten(1), k_weight, eps).view_as(k), rotary)
+    if history_scale is not None:
+        assert row is not None
+        scale = torch.where((row == 0)[:, None, None], history_scale.view(1, -1, 1), 1.0)  # (N, H | 1, 1)
+        k = (k * scale).to(k.dtype)
+    return q, k, v
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form, elementwise."""
+    return F.gelu(x, approximate="tanh")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one segment, written out.
+
+    Args:
+        q: [Nq, H, Dh]; k, v: [Nk, H, Dh].
+        scale: factor of the logits.
+        key_bias: [Nk], added to the scaled logits.
+
+    Returns: out [Nq, H, Dh] in the dtype of `q`; lse [H, Nq] natural-log, float32 (float64 for float64 inputs).
+    """
+    wide = _accumulator(q)
+    logits = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) * scale
+    if key_bias is not None:
+        logits = logits + key_bias.to(wide)
+    lse = logits.logsumexp(-1)
+    out = torch.einsum("hqk,khd->qhd", (logits - lse[..., None]).exp(), v.to(wide))
+    return out.to(q.dtype), lse
+
+
+def vae_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """RMS norm over the channels, `x / max(|x|, 1e-12) * sqrt(C) * gamma`, rounded once.
+
+    Args:
+        x: [B, C, ...], any float dtype.
+        gamma: C values, [C, 1, ...] with the number of trailing dimensions of `x`.
+
+    Returns: the shape and dtype of `x`.
+    """
+    return _vae_normed(x, gamma).to(x.dtype)
+
+
+def rms_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """`silu(vae_rms_norm(x, gamma))` with one rounding instead of two; shapes as there."""
+    return F.silu(_vae_normed(x, gamma)).to(x.dtype)
+
+
+def _vae_normed(x: Tensor, gamma: Tensor) -> Tensor:
+    wide = x.to(_accumulator(x))
+    length = wide.square().sum(dim=1, keepdim=True).sqrt_().clamp_(min=1e-12)
+    return wide / length * (x.shape[1] ** 0.5 * gamma.to(wide.dtype))
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]) -> Tensor:
+    """3-D convolution of stride 1: x [B, C, T, H, W], weight [C', C, kt, kh, kw] -> [B, C', T', H', W'].
+
+    On a CPU oneDNN is asked for by name: for few channels PyTorch's own choice is ten times slower.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, (1, 1, 1), (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, padding=padding)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Decoded frames as bytes, rounded half to even: [F, 3, H, W] in [-1, 1] -> [F, H, W, 3] uint8.
+
+    Values outside the range are clamped; the arithmetic is float32.
+    """
+    scaled = (frames.float() * 0.5 + 0.5).clamp(0, 1) * 255
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def rgb_to_yuv420(frames: Tensor) -> Tensor:
+    """Decoded frames as planar I420 in BT.709 limited range: [F, 3, H, W] in [-1, 1] -> [F, H*3/2, W] uint8.
+
+    H and W are even. Values outside the range are clamped. Chroma is the mean of each 2x2 block (centre siting); the
+    arithmetic is float32, rounded to nearest. Source: ITU-R BT.709-6, items 3.2 to 3.5.
+    """
+    num_frames, _, height, width = frames.shape
+    red, green, blue = (frames.float() * 0.5 + 0.5).clamp(0, 1).unbind(1)  # (F, H, W) each
+    luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    chroma = torch.stack(((blue - luma) / 1.8556, (red - luma) / 1.5748), dim=1)  # (F, 2, H, W) in [-0.5, 0.5]
+    y = (16 + 219 * luma).round()
+    uv = (128 + 224 * F.avg_pool2d(chroma, 2)).round()
+    flat = torch.cat((y.flatten(1), uv.flatten(1)), dim=1).to(torch.uint8)  # Y, then U, then V plane
+    return flat.view(num_frames, height * 3 // 2, width)

@@ -1,0 +1,166 @@
+"""Packs sequences of different lengths into one batch and back. Knows token counts, patches and modulation rows; knows
+nothing of schedules, guidance or ranks.
+
+The packed stream is request-major: history of sequence 0, current tokens of sequence 0, history of sequence 1, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from helios_serve.kernels import Segments, attention_scale
+from helios_serve.model_executor.history import HistoryTokens
+from helios_serve.model_executor.rope import Grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextKV:
+    """Cross-attention keys and values of one prompt for all layers, projected once: each [layers, L, H, Dh]."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSequence:
+    """One sequence of a step: what is denoised, what it sees, and at which timestep.
+
+    `x` is [C, T, h, w]; `rotary` [T * h/2 * w/2, 2, Dh/2] belongs to its patch grid.
+    """
+
+    history: HistoryTokens
+    x: Tensor
+    rotary: Tensor
+    timestep: float
+    text: TextKV
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedText:
+    """The prompts of a packed batch, in its order."""
+
+    prompts: tuple[TextKV, ...]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [sum of L, H, Dh]; a view when there is one prompt."""
+        if len(self.prompts) == 1:
+            return self.prompts[0].keys[index], self.prompts[0].values[index]
+        return (
+            torch.cat([text.keys[index] for text in self.prompts]),
+            torch.cat([text.values[index] for text in self.prompts]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """The tokens of all sequences of a step, back to back, without padding.
+
+    history: [sum of Nh, D] embedded history tokens. patches: [M, C * patch] current latents, not yet embedded.
+    rotary: [N, 2, Dh/2] float32. row: [N] int32 modulation row of each token; row 0 (timestep 0) is the history's.
+    timesteps: [R] float32. history_index [sum of Nh], current_index [M]: int64 places in the packed stream.
+    self_attention over the N tokens; cross_attention from the M current tokens to the packed text.
+    grids: (T, h, w) of each sequence in patches.
+    """
+
+    history: Tensor
+    patches: Tensor
+    rotary: Tensor
+    row: Tensor
+    timesteps: Tensor
+    history_index: Tensor
+    current_index: Tensor
+    self_attention: Segments
+    cross_attention: Segments
+    grids: tuple[Grid, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.self_attention.cu_q[-1]
+
+
+def pack(sequences: Many[TokenSequence], patch: Grid) -> tuple[PackedBatch, PackedText]:
+    """Lays the tokens of `sequences` back to back.
+
+    Args:
+        sequences: at least one, on one device and of one dtype.
+        patch: the transformer's patch size (1, ph, pw).
+    """
+    history_lengths = [len(s.history.tokens) for s in sequences]
+    current_lengths = [len(s.rotary) for s in sequences]
+    cu_tokens = _running_sum(h + c for h, c in zip(history_lengths, current_lengths, strict=True))
+    cu_text = _running_sum(s.text.num_tokens for s in sequences)
+    timesteps, rows = _modulation_rows([s.timestep for s in sequences])
+    device = sequences[0].x.device
+    history_index = [torch.arange(n) + at for n, at in zip(history_lengths, cu_tokens, strict=False)]
+    current_index = [
+        torch.arange(n) + at + h for n, h, at in zip(current_lengths, history_lengths, cu_tokens, strict=False)
+    ]
+    row = [
+        torch.cat((torch.zeros(h, dtype=torch.int32), torch.full((n,), r, dtype=torch.int32)))
+        for h, n, r in zip(history_lengths, current_lengths, rows, strict=True)
+    ]
+    scale = attention_scale(2 * sequences[0].rotary.shape[-1])
+    batch = PackedBatch(
+        history=torch.cat([s.history.tokens for s in sequences]),
+        patches=torch.cat([patchify(s.x, patch) for s in sequences]),
+        rotary=torch.cat([part for s in sequences for part in (s.history.rotary, s.rotary)]),
+        row=_upload(torch.cat(row), device),
+        timesteps=_upload(torch.tensor(timesteps, dtype=torch.float32), device),
+        history_index=_upload(torch.cat(history_index), device),
+        current_index=_upload(torch.cat(current_index), device),
+        self_attention=Segments(cu_q=cu_tokens, cu_k=cu_tokens, scale=scale),
+        cross_attention=Segments(cu_q=_running_sum(current_lengths), cu_k=cu_text, scale=scale),
+        grids=tuple((s.x.shape[1] // patch[0], s.x.shape[2] // patch[1], s.x.shape[3] // patch[2]) for s in sequences),
+    )
+    return batch, PackedText(prompts=tuple(s.text for s in sequences))
+
+
+def unpack(rows: Tensor, batch: PackedBatch, patch: Grid) -> list[Tensor]:
+    """The transformer's output rows [M, patch * C] as one flow [C, T, h, w] per sequence."""
+    lengths = [t * h * w for t, h, w in batch.grids]
+    return [unpatchify(part, grid, patch) for part, grid in zip(rows.split(lengths), batch.grids, strict=True)]
+
+
+def patchify(x: Tensor, patch: Grid) -> Tensor:
+    """[C, T, h, w] -> [tokens, C * pt * ph * pw], channel outermost as a convolution weight has it."""
+    c, t, h, w = x.shape
+    pt, ph, pw = patch
+    blocks = x.view(c, t // pt, pt, h // ph, ph, w // pw, pw)
+    return blocks.permute(1, 3, 5, 0, 2, 4, 6).reshape(-1, c * pt * ph * pw)
+
+
+def unpatchify(rows: Tensor, grid: Grid, patch: Grid) -> Tensor:
+    """[tokens, pt * ph * pw * C] -> [C, T, h, w], channel innermost in a row."""
+    blocks = rows.view(*grid, *patch, -1).permute(6, 0, 3, 1, 4, 2, 5)
+    return blocks.reshape(blocks.shape[0], *(n * p for n, p in zip(grid, patch, strict=True)))
+
+
+def _modulation_rows(timesteps: Many[float]) -> tuple[list[float], list[int]]:
+    """Distinct timesteps behind row 0, and the row of each sequence. Row 0 stays the history's alone."""
+    distinct = list(dict.fromkeys(timesteps))
+    return [0.0, *distinct], [1 + distinct.index(t) for t in timesteps]
+
+
+def _running_sum(lengths: Iterable[int]) -> tuple[int, ...]:
+    return (0, *accumulate(lengths))
+
+
+def _upload(host: Tensor, device: torch.device) -> Tensor:
+    """Copies a small host tensor to the device without waiting for it."""
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)

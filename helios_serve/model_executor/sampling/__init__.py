@@ -1,0 +1,1 @@
+"""Samplers: pure functions of (x, flow, schedule, step) over precomputed tables."""

@@ -1,0 +1,106 @@
+"""Prompts to embeddings: cleaning, token ids, UMT5.
+
+Knows the reference's order of cleaning and its zero padding. Knows nothing of guidance, caching or the transformer.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+import ftfy
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from helios_serve.errors import CheckpointError
+from helios_serve.model_executor.checkpoint import load_module, read_json
+from helios_serve.model_executor.model_config import TEXT_ENCODER_FILE
+from helios_serve.types import MAX_TEXT_TOKENS
+
+_WHITESPACE = re.compile(r"\s+")
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+
+def clean_prompt(text: str) -> str:
+    """A prompt as it is tokenised: mended by ftfy, HTML entities decoded twice, runs of whitespace as one space."""
+    mended = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return _WHITESPACE.sub(" ", mended.strip()).strip()
+
+
+class TextEncoder:
+    """UMT5 and its tokenizer.
+
+    Args:
+        model: ready to run, on its device.
+        tokenizer: gives ids below the model's vocabulary size.
+    """
+
+    def __init__(self, model: UMT5EncoderModel, tokenizer: T5Tokenizer) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        """Reads `text_encoder/` and `tokenizer/` of the checkpoint in `path`.
+
+        Raises: CheckpointError naming the file or the keys that are wrong.
+        """
+        umt5 = _umt5_config(path)
+        tokenizer = _load_tokenizer(path / "tokenizer")
+        model = load_module(lambda: UMT5EncoderModel(umt5), path / "text_encoder", device, dtype)
+        return cls(model, tokenizer)
+
+    @property
+    def text_dim(self) -> int:
+        return int(self._model.config.d_model)
+
+    def token_ids(self, prompt: str, max_tokens: int = MAX_TEXT_TOKENS) -> list[int]:
+        """Ids of the cleaned prompt with the end token, at most `max_tokens`; an empty prompt is the end token."""
+        ids: list[int] = self._tokenizer(clean_prompt(prompt), truncation=True, max_length=max_tokens)["input_ids"]
+        return ids
+
+    def was_truncated(self, prompt: str, max_tokens: int = MAX_TEXT_TOKENS) -> bool:
+        """Whether `token_ids` leaves out the end of this prompt."""
+        ids = self._tokenizer(clean_prompt(prompt), truncation=True, max_length=max_tokens + 1)["input_ids"]
+        return len(ids) > max_tokens
+
+    @torch.inference_mode()
+    def encode(self, prompt: str, max_tokens: int = MAX_TEXT_TOKENS) -> Tensor:
+        """The prompt's embedding [max_tokens, text_dim] in the encoder's dtype, exact zeros behind its last token.
+
+        Only the prompt's own tokens are run: padding would be masked out of every attention.
+        """
+        ids = self.token_ids(prompt, max_tokens)
+        vocab_size = self._model.config.vocab_size
+        if max(ids) >= vocab_size:
+            raise CheckpointError(
+                f"tokenizer: made the id {max(ids)}; vocab_size of {TEXT_ENCODER_FILE} is {vocab_size}"
+            )
+        batch = torch.tensor([ids], device=self._model.device)
+        hidden: Tensor = self._model(input_ids=batch).last_hidden_state[0].to(self._model.dtype)
+        embeds = hidden.new_zeros((max_tokens, hidden.shape[-1]))
+        embeds[: len(ids)] = hidden
+        return embeds
+
+
+def _umt5_config(path: Path) -> UMT5Config:
+    file = path / TEXT_ENCODER_FILE
+    try:
+        return UMT5Config.from_dict(read_json(file))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} is not a UMT5 configuration: {error}") from error
+
+
+def _load_tokenizer(folder: Path) -> T5Tokenizer:
+    present = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not present:
+        raise CheckpointError(f"{folder} has no tokenizer; {' or '.join(_TOKENIZER_FILES)} must be there")
+    if "tokenizer.json" in present:
+        read_json(folder / "tokenizer.json")
+    try:
+        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
+        raise CheckpointError(f"{folder / present[0]} cannot be read as a T5 tokenizer: {error}") from error

@@ -1,0 +1,137 @@
+"""The Helios transformer: one packed batch in, the flow of its current tokens out.
+
+Knows no rank, no cache policy, no sampler and no request. Architecture: Helios technical report and
+`HeliosTransformer3DModel`; parameters carry the checkpoint's names (fused projections: see `fused_parameters`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from helios_serve.model_executor import rope
+from helios_serve.model_executor.history import (
+    FIRST_CURRENT_FRAME,
+    FIRST_LONG_FRAME,
+    FIRST_MID_FRAME,
+    LAST_HISTORY_FRAME,
+    History,
+    HistoryTokens,
+)
+from helios_serve.model_executor.layers import Block, ConditionEmbedder, OutputNorm
+from helios_serve.model_executor.model_config import TransformerConfig
+from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, patchify
+from helios_serve.model_executor.rope import Grid
+
+_FLOAT32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "history_key_scale")
+
+
+class HeliosTransformer(nn.Module):
+    """Predicts the flow of all current tokens of a packed batch.
+
+    Args:
+        config: the checkpoint's transformer configuration.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch: Grid = config.patch_size
+        self.patch_embedding = self._patch_projection(1)
+        self.patch_short = self._patch_projection(1)
+        self.patch_mid = self._patch_projection(2)
+        self.patch_long = self._patch_projection(4)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm_out = OutputNorm(config)
+        self.proj_out = nn.Linear(config.dim, config.out_channels * self.patch[0] * self.patch[1] * self.patch[2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj_out.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.proj_out.weight.device
+
+    def forward(self, batch: PackedBatch, text: PackedText) -> Tensor:
+        """The flow of the M current tokens: [M, patch * C], channel innermost."""
+        current = _project_patches(self.patch_embedding, batch.patches)
+        x = current.new_empty((batch.num_tokens, current.shape[-1]))
+        x[batch.history_index] = batch.history
+        x[batch.current_index] = current
+        time = self.condition_embedder.embed_time(batch.timesteps)
+        for index, block in enumerate(self.blocks):
+            x = block(x, time.modulation, text.layer(index), batch)
+        current = self.norm_out(x[batch.current_index], time.hidden, batch.row[batch.current_index])
+        return self.proj_out(current)
+
+    def project_text(self, prompt_embeds: Tensor) -> TextKV:
+        """Keys and values of one prompt for all layers.
+
+        Args:
+            prompt_embeds: [L, text_dim]; zero rows behind the prompt are attended like any other.
+        """
+        hidden = self.condition_embedder.embed_text(prompt_embeds.to(self.device, self.dtype))
+        layers = [cast(Block, block).attn2.project_text(hidden) for block in self.blocks]
+        return TextKV(keys=torch.stack([k for k, _ in layers]), values=torch.stack([v for _, v in layers]))
+
+    def embed_history(self, history: History) -> HistoryTokens:
+        """The tokens of one chunk's history, the same for all of its steps."""
+        long, mid, short = (window.to(self.device, self.dtype) for window in history.windows())
+        grid = (1, short.shape[2] // self.patch[1], short.shape[3] // self.patch[2])
+        dims, theta = self.config.rope_dim, self.config.rope_theta
+        tokens = torch.cat(
+            (
+                self._embed_window(self.patch_long, long, 4),
+                self._embed_window(self.patch_mid, mid, 2),
+                self._embed_window(self.patch_short, short, 1),
+            )
+        )
+        rotary = torch.cat(
+            (
+                rope.pooled_rotary_rows(FIRST_LONG_FRAME, (long.shape[1], *grid[1:]), 4, dims, theta),
+                rope.pooled_rotary_rows(FIRST_MID_FRAME, (mid.shape[1], *grid[1:]), 2, dims, theta),
+                rope.short_rotary_rows((0, LAST_HISTORY_FRAME), (2, *grid[1:]), dims, theta),
+            )
+        )
+        return HistoryTokens(tokens=tokens, rotary=rotary.to(self.device))
+
+    def current_rotary(self, grid: Grid) -> Tensor:
+        """Rotary rows of the current tokens on a patch grid (T, h, w): [T * h * w, 2, Dh/2] float32."""
+        rows = rope.rotary_rows(FIRST_CURRENT_FRAME, grid, self.config.rope_dim, self.config.rope_theta)
+        return rows.to(self.device)
+
+    def fused_parameters(self) -> Mapping[str, tuple[str, ...]]:
+        """Our fused parameters and the checkpoint keys that are stacked along dimension 0 to make them."""
+        fused = {}
+        for index in range(self.config.num_layers):
+            for kind in ("weight", "bias"):
+                attn1, attn2 = f"blocks.{index}.attn1", f"blocks.{index}.attn2"
+                fused[f"{attn1}.to_qkv.{kind}"] = tuple(f"{attn1}.{name}.{kind}" for name in ("to_q", "to_k", "to_v"))
+                fused[f"{attn2}.to_kv.{kind}"] = tuple(f"{attn2}.{name}.{kind}" for name in ("to_k", "to_v"))
+        return fused
+
+    def keeps_float32(self, name: str) -> bool:
+        """Whether a parameter stays float32 under lower precisions, as in the reference."""
+        return any(part in name for part in _FLOAT32_PARTS)
+
+    def _patch_projection(self, factor: int) -> nn.Conv3d:
+        kernel = tuple(factor * p for p in self.patch)
+        return nn.Conv3d(self.config.in_channels, self.config.dim, kernel, stride=kernel)  # type: ignore[arg-type]
+
+    def _embed_window(self, projection: nn.Conv3d, window: Tensor, factor: int) -> Tensor:
+        """Patch tokens of a history window [C, T, h, w], replicate-padded at its ends to whole patches."""
+        kernel = (factor * self.patch[0], factor * self.patch[1], factor * self.patch[2])
+        pad = [size for length, p in zip(window.shape[:0:-1], kernel[::-1], strict=True) for size in (0, -length % p)]
+        padded = F.pad(window[None], pad, mode="replicate")[0]
+        return _project_patches(projection, patchify(padded, kernel))
+
+
+def _project_patches(projection: nn.Conv3d, patches: Tensor) -> Tensor:
+    """A convolution whose stride is its kernel, as one matrix product: [tokens, C * patch] -> [tokens, D]."""
+    return F.linear(patches, projection.weight.flatten(1), projection.bias)

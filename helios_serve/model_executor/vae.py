@@ -1,0 +1,256 @@
+"""The Wan 2.1 VAE: pixel frames to latents and back, a whole clip at once or in slabs with the same result.
+
+Knows its architecture and the latents' normalisation. Knows nothing of chunks of a request, files, devices or random
+generators: noise for the posterior comes in as a tensor, weights are loaded by name from outside.
+
+Shape letters: B clips, C channels, Z latent channels, T frames, H x W the grid at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from helios_serve.errors import CheckpointError
+from helios_serve.model_executor.json_keys import JsonKeys, require
+from helios_serve.model_executor.vae_layers import (
+    CausalConv3d,
+    Downsample,
+    MidBlock,
+    NormSilu,
+    ResidualBlock,
+    Slab,
+    UpBlock,
+    Upsample,
+)
+
+_FILE = "vae/config.json"
+_RGB = 3  # channels of a pixel
+_SERVED: dict[str, object] = {
+    "is_residual": False,
+    "patch_size": None,
+    "attn_scales": [],
+    "in_channels": _RGB,
+    "out_channels": _RGB,
+}
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeConfig:
+    """What varies in `vae/config.json` among Wan 2.1 VAEs; the defaults are those of the reference's class.
+
+    Raises: CheckpointError, with the key as `param`, for values that contradict each other.
+    """
+
+    CLASS_NAME: ClassVar[str] = "AutoencoderKLWan"
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    # fmt: off
+    latents_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )
+    latents_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )
+    # fmt: on
+    scale_factor_temporal: int = 4
+    scale_factor_spatial: int = 8
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, object]) -> VaeConfig:
+        """Reads a parsed config.json; absent keys take the defaults, keys that begin with "_" are bookkeeping.
+
+        Raises: CheckpointError naming the key that is of the wrong type, inconsistent or set to what is not served.
+        """
+        keys, default = JsonKeys(_FILE, config), cls()
+        if "_class_name" in config:
+            keys.require_class(cls.CLASS_NAME)
+        base_dim = keys.positive("base_dim", default.base_dim)
+        if not keys.is_null("decoder_base_dim"):
+            keys.require_only("decoder_base_dim", base_dim)
+        for key, served in _SERVED.items():
+            keys.require_only(key, served)
+        parsed = cls(
+            base_dim=base_dim,
+            z_dim=keys.positive("z_dim", default.z_dim),
+            dim_mult=_list(config, "dim_mult", default.dim_mult, int),
+            num_res_blocks=keys.positive("num_res_blocks", default.num_res_blocks),
+            temperal_downsample=_list(config, "temperal_downsample", default.temperal_downsample, bool),
+            latents_mean=keys.numbers("latents_mean", default.latents_mean),
+            latents_std=keys.numbers("latents_std", default.latents_std),
+            scale_factor_temporal=keys.positive("scale_factor_temporal", default.scale_factor_temporal),
+            scale_factor_spatial=keys.positive("scale_factor_spatial", default.scale_factor_spatial),
+        )
+        keys.warn_of_unread(ignored=("dim_mult", "temperal_downsample", "dropout"))  # dropout is for training
+        return parsed
+
+    def __post_init__(self) -> None:
+        num_scales = len(self.dim_mult) - 1
+        spatial, temporal = 2**num_scales, 2 ** sum(self.temperal_downsample)
+        mean, std = self.latents_mean, self.latents_std
+        rules = (
+            ("dim_mult", num_scales >= 0 and all(mult > 0 for mult in self.dim_mult), "a list of positive integers"),
+            ("temperal_downsample", len(self.temperal_downsample) == num_scales, f"{num_scales} entries, by dim_mult"),
+            ("latents_mean", len(mean) == self.z_dim, f"z_dim = {self.z_dim} entries"),
+            ("latents_std", len(std) == self.z_dim and all(s > 0 for s in std), f"{self.z_dim} positive numbers"),
+            ("scale_factor_spatial", self.scale_factor_spatial == spatial, f"{spatial}, by dim_mult"),
+            ("scale_factor_temporal", self.scale_factor_temporal == temporal, f"{temporal}, by temperal_downsample"),
+        )
+        for key, holds, right in rules:
+            if not holds:
+                raise CheckpointError(f"{_FILE}: {key} must be {right}", param=key)
+
+
+class WanVAE(nn.Module):
+    """Encoder and decoder; parameter names and shapes are those of the checkpoint.
+
+    The first pixel frame is one latent frame; each later latent frame is `scale_factor_temporal` pixel frames. Frames
+    depend on earlier frames only, and nothing is kept between calls. `slab_frames` bounds memory: frame 0 goes through
+    alone, then that many latent frames at a time; None takes the whole clip at once. The result is the same.
+
+    Works in the dtype of the weights, float32 or bfloat16, which the inputs must have.
+    """
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, frames: Tensor, slab_frames: int | None = None) -> tuple[Tensor, Tensor]:
+        """Parameters of the posterior, not normalised.
+
+        Args:
+            frames: [B, 3, 1 + 4k, H, W] in [-1, 1], H and W multiples of 8 (4 and 8: the config's scale factors).
+            slab_frames: latent frames at a time, see the class.
+
+        Returns: mean and logvar, each [B, Z, 1 + k, H/8, W/8].
+        """
+        ratio, cell = self.config.scale_factor_temporal, self.config.scale_factor_spatial
+        num_frames, height, width = frames.shape[2:]
+        assert num_frames % ratio == 1 % ratio, f"{num_frames} frames: must be 1 + {ratio}k"
+        assert height % cell == width % cell == 0, f"{width}x{height}: sides must be multiples of {cell}"
+        encoded = [
+            self.encoder(frames[:, :, max(0, 1 + ratio * (start - 1)) : 1 + ratio * (end - 1)], slab)
+            for start, end, slab in _slabs(1 + (num_frames - 1) // ratio, slab_frames)
+        ]
+        mean, logvar = self.quant_conv(torch.cat(encoded, dim=2)).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, latents: Tensor, slab_frames: int | None = None) -> Tensor:
+        """Pixels of denormalised latents.
+
+        Args:
+            latents: [B, Z, T, H, W], see `denormalize`.
+            slab_frames: latent frames at a time, see the class.
+
+        Returns: [B, 3, 1 + 4(T - 1), 8H, 8W], clamped to [-1, 1] (4 and 8: the config's scale factors).
+        """
+        x = self.post_quant_conv(latents)
+        slabs = _slabs(latents.shape[2], slab_frames)
+        return torch.cat([self.decoder(x[:, :, start:end], slab).clamp(-1, 1) for start, end, slab in slabs], dim=2)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """`(z - mean) * (1 / std)` per channel in the dtype of `latents` [B, Z, T, H, W]: what the transformer sees."""
+        mean, scale = self._statistics(latents)
+        return (latents - mean) * scale
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """`z / (1 / std) + mean`, the inverse of `normalize`; the reference divides by the rounded reciprocal."""
+        mean, scale = self._statistics(latents)
+        return latents / scale + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.tensor((self.config.latents_mean, self.config.latents_std), dtype=torch.float32, device="cpu")
+        mean, std = both.to(like.device, like.dtype, non_blocking=True).view(2, 1, -1, 1, 1, 1)
+        return mean, 1.0 / std
+
+
+def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """`mean + exp(logvar / 2) * noise` with logvar clamped to [-30, 20]; all of one shape."""
+    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+
+
+class Encoder(nn.Module):
+    """Frames [B, 3, T, H, W] -> [B, 2Z, T', H/8, W/8], before `quant_conv`."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
+        self.conv_in = CausalConv3d(_RGB, dims[0])
+        self.down_blocks = nn.ModuleList()
+        for level, (in_dim, out_dim) in enumerate(pairwise(dims)):
+            level_dims = [in_dim] + [out_dim] * config.num_res_blocks
+            self.down_blocks.extend(ResidualBlock(*pair) for pair in pairwise(level_dims))
+            if level < len(config.temperal_downsample):
+                self.down_blocks.append(Downsample(out_dim, config.temperal_downsample[level]))
+        self.mid_block = MidBlock(dims[-1])
+        self.norm_out = NormSilu(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim)
+
+    def forward(self, x: Tensor, slab: Slab) -> Tensor:
+        x = self.conv_in(x, slab)
+        for block in self.down_blocks:
+            x = block(x, slab)
+        x = self.mid_block(x, slab)
+        out: Tensor = self.conv_out(self.norm_out(x), slab)
+        return out
+
+
+class Decoder(nn.Module):
+    """Latents [B, Z, T, H, W] after `post_quant_conv` -> frames [B, 3, T', 8H, 8W], not clamped."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        dims = [config.base_dim * mult for mult in reversed(config.dim_mult)]
+        upsamples = [
+            Upsample(dim, doubles) for dim, doubles in zip(dims, reversed(config.temperal_downsample), strict=False)
+        ]
+        in_dims = [dims[0]] + [dim // 2 for dim in dims[:-1]]  # an upsampling halves the channels
+        self.conv_in = CausalConv3d(config.z_dim, dims[0])
+        self.mid_block = MidBlock(dims[0])
+        self.up_blocks = nn.ModuleList(
+            UpBlock(in_dim, out_dim, config.num_res_blocks, upsample)
+            for in_dim, out_dim, upsample in zip(in_dims, dims, (*upsamples, None), strict=True)
+        )
+        self.norm_out = NormSilu(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], _RGB)
+
+    def forward(self, x: Tensor, slab: Slab) -> Tensor:
+        x = self.conv_in(x, slab)
+        x = self.mid_block(x, slab)
+        for block in self.up_blocks:
+            x = block(x, slab)
+        out: Tensor = self.conv_out(self.norm_out(x), slab)
+        return out
+
+
+def _slabs(num_latent_frames: int, slab_frames: int | None) -> Iterator[tuple[int, int, Slab]]:
+    """First and end latent frame of each slab of a clip, with the slab."""
+    assert slab_frames is None or slab_frames > 0, f"slab_frames {slab_frames}: must be positive or None"
+    starts = [0] if slab_frames is None else [0, *range(1, num_latent_frames, slab_frames)]
+    tails: dict[nn.Module, Tensor] = {}
+    for start, end in pairwise([*starts, num_latent_frames]):
+        yield start, end, Slab(is_first=start == 0, is_last=end == num_latent_frames, tails=tails)
+
+
+def _list(config: Mapping[str, object], key: str, default: tuple[_T, ...], kind: type[_T]) -> tuple[_T, ...]:
+    value = config.get(key, default)
+    entries = value if isinstance(value, list | tuple) else [None]
+    right = f"it must be a list of {kind.__name__}"
+    require(all(type(entry) is kind for entry in entries), _FILE, key, value, right)
+    return tuple(entries)

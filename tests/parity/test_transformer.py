@@ -1,0 +1,126 @@
+"""One forward of the packed transformer against diffusers', and packs against their members alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import HeliosTransformer3DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helios_serve.model_executor.history import History
+from helios_serve.model_executor.packing import TokenSequence, pack, unpack
+from helios_serve.model_executor.transformer import HeliosTransformer
+from tests.parity.models import TEXT_DIM, transformer_pair
+
+LIMIT = 1e-5
+
+
+def _their_flow(
+    model: HeliosTransformer3DModel, history: History, x: Tensor, timestep: Tensor, embeds: Tensor
+) -> Tensor:
+    long, mid, short = history.windows()
+    return model(
+        hidden_states=x[None],
+        timestep=timestep,
+        encoder_hidden_states=embeds[None],
+        indices_hidden_states=torch.arange(20, 29)[None],
+        indices_latents_history_short=torch.tensor([[0, 19]]),
+        indices_latents_history_mid=torch.arange(17, 19)[None],
+        indices_latents_history_long=torch.arange(1, 17)[None],
+        latents_history_short=short[None],
+        latents_history_mid=mid[None],
+        latents_history_long=long[None],
+        return_dict=False,
+    )[0][0]
+
+
+def _sequence(model: HeliosTransformer, history: History, x: Tensor, timestep: float, embeds: Tensor) -> TokenSequence:
+    grid = (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
+    return TokenSequence(
+        history=model.embed_history(history),
+        x=x,
+        rotary=model.current_rotary(grid),
+        timestep=timestep,
+        text=model.project_text(embeds),
+    )
+
+
+def _flows(model: HeliosTransformer, sequences: list[TokenSequence]) -> list[Tensor]:
+    batch, text = pack(sequences, model.patch)
+    return unpack(model(batch, text), batch, model.patch)
+
+
+@pytest.mark.parametrize(("amplify_history", "scale_mode"), [(False, "per_head"), (True, "per_head"), (True, "scalar")])
+@pytest.mark.parametrize("size", [(8, 16), (6, 10), (4, 6)])
+@pytest.mark.parametrize("halvings", [0, 1])
+@torch.inference_mode()
+def test_forward_equals_diffusers(amplify_history: bool, scale_mode: str, size: tuple[int, int], halvings: int) -> None:
+    theirs, ours = transformer_pair(amplify_history=amplify_history, scale_mode=scale_mode)
+    generator = torch.Generator().manual_seed(size[0] + halvings)
+    current = tuple(side // 2**halvings // 2 * 2 for side in size)
+    x = torch.randn(16, 9, *current, generator=generator)
+    history = History(
+        frames=torch.randn(16, 19, *size, generator=generator), first=torch.randn(16, 1, *size, generator=generator)
+    )
+    embeds = torch.randn(20, TEXT_DIM, generator=generator)
+    for timestep in (torch.tensor([437]), torch.tensor([991.25], dtype=torch.float64)):
+        expected = _their_flow(theirs, history, x, timestep, embeds)
+        (flow,) = _flows(ours, [_sequence(ours, history, x, float(timestep), embeds)])
+        torch.testing.assert_close(flow, expected, rtol=LIMIT, atol=LIMIT)
+
+
+@torch.inference_mode()
+def test_missing_first_frame_is_zeros() -> None:
+    _, ours = transformer_pair()
+    frames, x, embeds = torch.randn(16, 19, 4, 6), torch.randn(16, 9, 4, 6), torch.randn(5, TEXT_DIM)
+    none = _flows(ours, [_sequence(ours, History(frames=frames, first=None), x, 500.0, embeds)])
+    zeros = _flows(ours, [_sequence(ours, History(frames=frames, first=torch.zeros(16, 1, 4, 6)), x, 500.0, embeds)])
+    assert torch.equal(none[0], zeros[0])
+
+
+member = st.tuples(
+    st.sampled_from([(4, 4), (4, 6), (6, 4), (8, 8)]),  # latent size of the history
+    st.integers(0, 1),  # pyramid stage, in halvings
+    st.floats(0, 999),
+    st.integers(1, 40),  # text tokens
+    st.integers(0, 2**16),
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(members=st.lists(member, min_size=2, max_size=5), amplify_history=st.booleans())
+@torch.inference_mode()
+def test_a_pack_equals_its_members_alone(
+    members: list[tuple[tuple[int, int], int, float, int, int]], amplify_history: bool
+) -> None:
+    _, ours = transformer_pair(amplify_history=amplify_history)
+    sequences = []
+    for size, halvings, timestep, num_text, seed in members:
+        generator = torch.Generator().manual_seed(seed)
+        current = tuple(max(2, side // 2**halvings // 2 * 2) for side in size)
+        sequences.append(
+            _sequence(
+                ours,
+                History(frames=torch.randn(16, 19, *size, generator=generator), first=None),
+                torch.randn(16, 9, *current, generator=generator),
+                timestep,
+                torch.randn(num_text, TEXT_DIM, generator=generator),
+            )
+        )
+    together = _flows(ours, sequences)
+    for flow, sequence in zip(together, sequences, strict=True):
+        (alone,) = _flows(ours, [sequence])
+        torch.testing.assert_close(flow, alone, rtol=LIMIT, atol=LIMIT)
+
+
+@torch.inference_mode()
+def test_equal_timesteps_share_a_row_but_never_the_history_row() -> None:
+    _, ours = transformer_pair()
+    history, embeds = History(frames=torch.randn(16, 19, 4, 4), first=None), torch.randn(3, TEXT_DIM)
+    x = torch.randn(16, 9, 4, 4)
+    batch, _ = pack([_sequence(ours, history, x, t, embeds) for t in (0.0, 5.0, 0.0)], ours.patch)
+    assert batch.timesteps.tolist() == [0.0, 0.0, 5.0]
+    assert batch.row[batch.history_index].unique().tolist() == [0]
+    assert batch.row[batch.current_index].unique().tolist() == [1, 2]
