@@ -82,7 +82,9 @@ def generate(
     save_latents: Annotated[
         Path | None, typer.Option(help="safetensors file for the final latents [1, C, 9K, h, w].")
     ] = None,
-    save_frames: Annotated[Path | None, typer.Option(help=".npy file for the frames [1, F, H, W, 3] in [0, 1].")] = None,
+    save_frames: Annotated[
+        Path | None, typer.Option(help=".npy file for the frames [1, F, H, W, 3] in [0, 1].")
+    ] = None,
 ) -> None:
     """Make one video in this process and write it as MP4."""
     from helios_serve.generate import Outputs, generate_to_files

@@ -23,6 +23,11 @@ class ModelConfig:
     device: Device = "cpu"
     dtype: DType = "float32"
 
+    @property
+    def served_name(self) -> str:
+        """What clients call the model: the last part of the directory or hub id."""
+        return Path(self.model).resolve().name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:

@@ -61,8 +61,9 @@ class Helios:
     """
 
     def __init__(self, model: str | Path, *, device: Device = "cpu", dtype: DType = "float32") -> None:
-        loaded = load_model(ModelConfig(model=str(model), device=device, dtype=dtype))
-        self.info: ModelInfo = loaded.config.info(name=Path(model).name)
+        config = ModelConfig(model=str(model), device=device, dtype=dtype)
+        loaded = load_model(config)
+        self.info: ModelInfo = loaded.config.info(config.served_name)
         self._encoder = EncoderWorker(loaded.text_encoder, loaded.vae)
         self._runner = Runner(loaded.transformer, loaded.rules)
         self._vae = VaeWorker(loaded.vae)

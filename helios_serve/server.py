@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -32,7 +34,8 @@ def run_server(model: ModelConfig, engine: EngineConfig, server: ServerConfig) -
     """
     listener = _listen(server)
     loaded = load_model(model)
-    asyncio.run(_serve(loaded, engine, server, listener))
+    info = loaded.config.info(model.served_name)
+    asyncio.run(_serve(AsyncEngine(local_executor(loaded), engine), info, server, listener))
 
 
 def local_executor(model: HeliosModel) -> LocalExecutor:
@@ -42,25 +45,36 @@ def local_executor(model: HeliosModel) -> LocalExecutor:
     )
 
 
-async def _serve(model: HeliosModel, engine_config: EngineConfig, server: ServerConfig, listener: socket.socket) -> None:
-    info = model.config.info(name=Path(model.config.path).name)
-    engine = AsyncEngine(local_executor(model), engine_config)
+class _HttpServer(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals to the caller: uvicorn would wait for open calls before their jobs are ended."""
+        yield
+
+
+async def _serve(engine: AsyncEngine, info: ModelInfo, server: ServerConfig, listener: socket.socket) -> None:
     await engine.start()
-    service = VideoService(
-        engine=engine, muxer=progressive_mp4, model=info, config=ServiceConfig(data_dir=server.data_dir)
-    )
+    config = ServiceConfig(data_dir=server.data_dir)
+    service = VideoService(engine=engine, muxer=progressive_mp4, model=info, config=config)
     app = create_app(service, ServerSettings(decoder=Decoder(), version=__version__))
-    config = uvicorn.Config(app, log_config=None, access_log=False, ws_per_message_deflate=False)
-    http = uvicorn.Server(config)
+    http = _HttpServer(uvicorn.Config(app, log_config=None, access_log=False, ws_per_message_deflate=False))
+    closing: list[asyncio.Task[None]] = []
+
+    def stop() -> None:
+        """First signal: running jobs end, open calls are answered. Second: at once."""
+        http.force_exit = http.should_exit
+        http.should_exit = True
+        closing.append(asyncio.create_task(engine.close()))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     while not http.started and not serving.done():
         await asyncio.sleep(0.01)
     if http.started:
         print(_welcome(info, listener), flush=True)
-    try:
-        await serving
-    finally:
-        await engine.close()
+    await serving
+    await asyncio.gather(*closing)
 
 
 def _listen(server: ServerConfig) -> socket.socket:

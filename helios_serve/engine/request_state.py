@@ -245,10 +245,10 @@ class GroupState:
 
     @property
     def is_parkable(self) -> bool:
-        """Whether the whole pack may make room: no due live job and no aged one is in it."""
+        """Whether the whole pack may make room: no due live job is in it, and no aged one, which runs as due."""
         if not self.is_healthy or self.park_pending or not self.jobs:
             return False
-        return all(job.tier >= 1 and not job.aged for job in self.jobs)
+        return all(job.tier >= 1 for job in self.jobs)
 
     @property
     def is_open(self) -> bool:

@@ -123,8 +123,15 @@ _PIPELINES: dict[Variant, dict[str, Any]] = {
     "distilled": {"_class_name": "HeliosPyramidPipeline", "is_cfg_zero_star": False, "is_distilled": True},
 }
 
-_TRANSFORMER_GAINS = {"time_proj": 0.7, "text_embedder.linear_1": 3.0, "attn1.to_out": 2.5, "attn2.to_out": 0.5}
-"""Weights that do not map unit variance to unit variance, by a part of their key."""
+_TRANSFORMER_GAINS = {
+    "time_proj": 0.7,
+    "text_embedder.linear_1": 3.0,
+    "attn1.to_out": 1.2,
+    "attn2.to_out": 0.5,
+    "proj_out": 0.4,
+}
+"""Weights that do not map unit variance to unit variance, by a part of their key. Guidance and the chunks of a long
+video multiply rounding errors; with these gains they stay below the limits of parity."""
 
 Draw = Callable[[str, tuple[int, ...], torch.Generator], Tensor]
 

@@ -287,7 +287,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "text width": (_edit(TRANSFORMER, text_dim=48), ("d_model is 32", "text_dim of transformer/config.json, 48")),
     "other text model": (_edit(TEXT, model_type="t5"), ("model_type is 't5'", "'umt5' is served")),
     "bad text config": (_edit(TEXT, num_layers="two"), ("text_encoder/config.json is not a UMT5 configuration",)),
-    "vae": (_edit("vae/config.json", is_residual=True), ("copy/vae/config.json: is_residual is True; False is served",)),
+    "vae": (_edit("vae/config.json", is_residual=True), ("copy/vae/config.json: is_residual is True",)),
     "sizes": (_edit(INDEX, _helios_serve={"recommended_sizes": [[100, 64]]}), ("(100, 64)", "multiples of 64")),
 }  # fmt: skip
 
