@@ -6,6 +6,7 @@ Knows flags and wiring; the work is done below.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +35,8 @@ DTypeFlag = Annotated[
 
 def main() -> None:
     """Runs the command line; errors of the caller end it with one line and status 2, Ctrl-C with status 130."""
+    # Read when torch loads OpenMP: threads that spin while they wait stop each other where cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     configure_logging()
     try:
         app(standalone_mode=True)

@@ -7,6 +7,7 @@ clock, no lock. Touches only the jobs, groups, accounts and the credit that it i
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -235,9 +236,9 @@ class _Ready:
             keep += 1
         del self._found[:keep]
 
-    def num_due_waiting(self) -> int:
-        """Due live jobs that found no place."""
-        return sum(entry[2].group_id is None for entry in self._due)
+    def due_waiting(self) -> Counter[int]:
+        """Due live jobs that found no place, by the ranks that they need."""
+        return Counter(entry[2].arrival.num_ranks for entry in self._due if entry[2].group_id is None)
 
     def _in_order(self) -> Iterator[tuple[int, RequestState]]:
         for job in self._aged:
@@ -337,14 +338,17 @@ def _park(
     jobs: Sequence[RequestState], groups: Sequence[GroupState], ready: _Ready, cfg: SchedulerConfig
 ) -> list[Action]:
     """Make room for due live jobs that found no idle group: one pack each, the nearest boundary first."""
-    short = ready.num_due_waiting() - sum(group.park_pending for group in groups)
-    if short <= 0:
+    short = ready.due_waiting()
+    if not short:
         return []
-    room = cfg.max_parked - sum(job.is_parked for job in jobs)
-    room -= sum(len(group.jobs) for group in groups if group.park_pending)
+    pending = [group for group in groups if group.park_pending]
+    short.subtract(group.num_ranks for group in pending)
+    room = cfg.max_parked - sum(job.is_parked for job in jobs) - sum(len(group.jobs) for group in pending)
     actions: list[Action] = []
-    parkable = sorted((g for g in groups if g.is_parkable), key=lambda g: (g.next_boundary, g.order))
-    for group in parkable[:short]:
+    for group in sorted((g for g in groups if g.is_parkable), key=lambda g: (g.next_boundary, g.order)):
+        if short[group.num_ranks] <= 0:
+            continue
+        short[group.num_ranks] -= 1
         if group.is_ending:
             continue
         room -= len(group.jobs)

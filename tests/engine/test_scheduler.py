@@ -281,6 +281,15 @@ def test_a_due_live_job_parks_the_group_with_the_nearest_boundary_once() -> None
     assert parked(shop.plan(0.16)) == [("g0", "a")]
 
 
+def test_a_group_that_the_waiting_job_cannot_use_is_not_parked() -> None:
+    shop = Shop(num_groups=2)
+    shop.add("runs")
+    shop.plan(0.0)
+    shop.num_ranks = 2
+    shop.add("due", live=True)
+    assert shop.plan(0.1) == []
+
+
 def test_live_work_is_not_parked_for_live_work() -> None:
     shop = Shop()
     shop.add("first", live=True)

@@ -152,13 +152,15 @@ def test_first_picture_of_an_animation(kind):
     assert np.unique(_array(decode_image(data, 16, 16, "crop")).reshape(-1, 3), axis=0).tolist() == [[255, 0, 0]]
 
 
-def test_exif_orientation_is_not_applied():
+def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:16] = 255
     data = _image_bytes(Image.fromarray(pixels), "JPEG", exif=exif.tobytes(), quality=95)
-    assert _array(decode_image(data, 32, 32, "crop"))[0, :8].min() > 240
+    shown = _array(decode_image(data, 32, 32, "crop"))[0]  # turned a quarter clockwise: top becomes right
+    assert shown[:, -8:].min() > 240
+    assert shown[:, :8].max() < 15
 
 
 @pytest.mark.parametrize(
