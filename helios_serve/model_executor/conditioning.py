@@ -30,6 +30,9 @@ from helios_serve.types import (
     VideoRequest,
 )
 
+ENCODE_SLAB_FRAMES = 2
+"""Latent frames that the VAE encodes at a time: exact, and a quarter of the memory of a whole chunk."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioning:
@@ -112,7 +115,7 @@ def _video_history(video: Frames, params: SamplingParams, vae: WanVAE, generator
 
 def _encode(vae: WanVAE, pixels: Tensor, generator: torch.Generator) -> Tensor:
     """A sample of the normalised posterior: [1, 3, T, H, W] -> [1, C, t, h, w] float32."""
-    mean, logvar = vae.encode(pixels)
+    mean, logvar = vae.encode(pixels, slab_frames=ENCODE_SLAB_FRAMES)
     noise = _draw(tuple(mean.shape), generator).to(mean.device, mean.dtype)
     return vae.normalize(sample_posterior(mean, logvar, noise)).float()
 

@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
             batch.rotary,
             self.norm_q.eps,
             self._history_scale(),
-            batch.row,
+            batch.layout.row,
         )
         out, _ = kernels.attend(q, k, v, batch.self_attention)
         return self.to_out[0](out.flatten(1))
@@ -148,14 +148,14 @@ class Block(nn.Module):
         """x [N, D], modulation [R, 6, D] -> [N, D]."""
         rows = self.scale_shift_table + modulation.to(self.scale_shift_table.dtype)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = rows.unbind(1)  # (R, D) each
-        row = batch.row
+        row, current_index = batch.layout.row, batch.layout.current_index
 
         attended = self.attn1(kernels.layer_norm_modulate(x, shift, scale, row, self.eps), batch)
         x = kernels.gated_residual(x, attended, gate, row)
 
-        current = x[batch.current_index]
+        current = x[current_index]
         current = current + self.attn2(self.norm2(current), text_kv, batch.cross_attention)
-        x = x.index_copy(0, batch.current_index, current)
+        x = x.index_copy(0, current_index, current)
 
         fed = self.ffn(kernels.layer_norm_modulate(x, ff_shift, ff_scale, row, self.eps))
         return kernels.gated_residual(x, fed, ff_gate, row)

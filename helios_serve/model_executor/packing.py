@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -66,12 +67,27 @@ class PackedText:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where the tokens of a pack stand; depends on lengths alone, so that the steps of a stage share one.
+
+    row: [N] int32 modulation row of each token: 0 for history, 1 + i for the current tokens of sequence i.
+    history_index [sum of Nh], current_index [M]: int64 places in the packed stream.
+    cu_tokens, cu_current: running sums over all tokens and over the current ones.
+    """
+
+    row: Tensor
+    history_index: Tensor
+    current_index: Tensor
+    cu_tokens: tuple[int, ...]
+    cu_current: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
     """The tokens of all sequences of a step, back to back, without padding.
 
     history: [sum of Nh, D] embedded history tokens. patches: [M, C * patch] current latents, not yet embedded.
-    rotary: [N, 2, Dh/2] float32. row: [N] int32 modulation row of each token; row 0 (timestep 0) is the history's.
-    timesteps: [R] float32. history_index [sum of Nh], current_index [M]: int64 places in the packed stream.
+    rotary: [N, 2, Dh/2] float32. timesteps: [1 + sequences] float32, the first one, 0, being the history's.
     self_attention over the N tokens; cross_attention from the M current tokens to the packed text.
     grids: (T, h, w) of each sequence in patches.
     """
@@ -79,17 +95,15 @@ class PackedBatch:
     history: Tensor
     patches: Tensor
     rotary: Tensor
-    row: Tensor
     timesteps: Tensor
-    history_index: Tensor
-    current_index: Tensor
+    layout: Layout
     self_attention: Segments
     cross_attention: Segments
     grids: tuple[Grid, ...]
 
     @property
     def num_tokens(self) -> int:
-        return self.self_attention.cu_q[-1]
+        return self.layout.cu_tokens[-1]
 
 
 def pack(sequences: Many[TokenSequence], patch: Grid) -> tuple[PackedBatch, PackedText]:
@@ -99,31 +113,18 @@ def pack(sequences: Many[TokenSequence], patch: Grid) -> tuple[PackedBatch, Pack
         sequences: at least one, on one device and of one dtype.
         patch: the transformer's patch size (1, ph, pw).
     """
-    history_lengths = [len(s.history.tokens) for s in sequences]
-    current_lengths = [len(s.rotary) for s in sequences]
-    cu_tokens = _running_sum(h + c for h, c in zip(history_lengths, current_lengths, strict=True))
-    cu_text = _running_sum(s.text.num_tokens for s in sequences)
-    timesteps, rows = _modulation_rows([s.timestep for s in sequences])
     device = sequences[0].x.device
-    history_index = [torch.arange(n) + at for n, at in zip(history_lengths, cu_tokens, strict=False)]
-    current_index = [
-        torch.arange(n) + at + h for n, h, at in zip(current_lengths, history_lengths, cu_tokens, strict=False)
-    ]
-    row = [
-        torch.cat((torch.zeros(h, dtype=torch.int32), torch.full((n,), r, dtype=torch.int32)))
-        for h, n, r in zip(history_lengths, current_lengths, rows, strict=True)
-    ]
+    layout = _layout(tuple(len(s.history.tokens) for s in sequences), tuple(len(s.rotary) for s in sequences), device)
+    cu_text = _running_sum(s.text.num_tokens for s in sequences)
     scale = attention_scale(2 * sequences[0].rotary.shape[-1])
     batch = PackedBatch(
         history=torch.cat([s.history.tokens for s in sequences]),
         patches=torch.cat([patchify(s.x, patch) for s in sequences]),
         rotary=torch.cat([part for s in sequences for part in (s.history.rotary, s.rotary)]),
-        row=_upload(torch.cat(row), device),
-        timesteps=_upload(torch.tensor(timesteps, dtype=torch.float32), device),
-        history_index=_upload(torch.cat(history_index), device),
-        current_index=_upload(torch.cat(current_index), device),
-        self_attention=Segments(cu_q=cu_tokens, cu_k=cu_tokens, scale=scale),
-        cross_attention=Segments(cu_q=_running_sum(current_lengths), cu_k=cu_text, scale=scale),
+        timesteps=_upload(torch.tensor([0.0, *(s.timestep for s in sequences)]), device),
+        layout=layout,
+        self_attention=Segments(cu_q=layout.cu_tokens, cu_k=layout.cu_tokens, scale=scale),
+        cross_attention=Segments(cu_q=layout.cu_current, cu_k=cu_text, scale=scale),
         grids=tuple((s.x.shape[1] // patch[0], s.x.shape[2] // patch[1], s.x.shape[3] // patch[2]) for s in sequences),
     )
     return batch, PackedText(prompts=tuple(s.text for s in sequences))
@@ -149,10 +150,18 @@ def unpatchify(rows: Tensor, grid: Grid, patch: Grid) -> Tensor:
     return blocks.reshape(blocks.shape[0], *(n * p for n, p in zip(grid, patch, strict=True)))
 
 
-def _modulation_rows(timesteps: Many[float]) -> tuple[list[float], list[int]]:
-    """Distinct timesteps behind row 0, and the row of each sequence. Row 0 stays the history's alone."""
-    distinct = list(dict.fromkeys(timesteps))
-    return [0.0, *distinct], [1 + distinct.index(t) for t in timesteps]
+@lru_cache(maxsize=256)
+def _layout(history_lengths: tuple[int, ...], current_lengths: tuple[int, ...], device: torch.device) -> Layout:
+    kinds = [length for pair in zip(history_lengths, current_lengths, strict=True) for length in pair]
+    rows = [row for index in range(len(history_lengths)) for row in (0, 1 + index)]
+    row = torch.tensor(rows, dtype=torch.int32).repeat_interleave(torch.tensor(kinds))
+    return Layout(
+        row=_upload(row, device),
+        history_index=_upload((row == 0).nonzero()[:, 0], device),
+        current_index=_upload((row != 0).nonzero()[:, 0], device),
+        cu_tokens=_running_sum(h + c for h, c in zip(history_lengths, current_lengths, strict=True)),
+        cu_current=_running_sum(current_lengths),
+    )
 
 
 def _running_sum(lengths: Iterable[int]) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ def embedding_at(chunk: int, schedule: Sequence[PromptChange], prompts: Sequence
 
 
 def _blend(old: PromptEmbedding, new: PromptEmbedding, position: int, transition_chunks: int) -> PromptEmbedding:
-    if position >= transition_chunks:
+    if position >= transition_chunks or old.key == new.key:
         return new
     weight = position / transition_chunks
     embeds = torch.lerp(old.embeds, new.embeds, weight)

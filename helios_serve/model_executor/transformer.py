@@ -62,12 +62,13 @@ class HeliosTransformer(nn.Module):
         """The flow of the M current tokens: [M, patch * C], channel innermost."""
         current = _project_patches(self.patch_embedding, batch.patches)
         x = current.new_empty((batch.num_tokens, current.shape[-1]))
-        x[batch.history_index] = batch.history
-        x[batch.current_index] = current
+        layout = batch.layout
+        x[layout.history_index] = batch.history
+        x[layout.current_index] = current
         time = self.condition_embedder.embed_time(batch.timesteps)
         for index, block in enumerate(self.blocks):
             x = block(x, time.modulation, text.layer(index), batch)
-        current = self.norm_out(x[batch.current_index], time.hidden, batch.row[batch.current_index])
+        current = self.norm_out(x[layout.current_index], time.hidden, layout.row[layout.current_index])
         return self.proj_out(current)
 
     def project_text(self, prompt_embeds: Tensor) -> TextKV:

@@ -116,11 +116,14 @@ def test_a_pack_equals_its_members_alone(
 
 
 @torch.inference_mode()
-def test_equal_timesteps_share_a_row_but_never_the_history_row() -> None:
+def test_history_keeps_row_0_and_each_sequence_has_its_own() -> None:
     _, ours = transformer_pair()
     history, embeds = History(frames=torch.randn(16, 19, 4, 4), first=None), torch.randn(3, TEXT_DIM)
     x = torch.randn(16, 9, 4, 4)
     batch, _ = pack([_sequence(ours, history, x, t, embeds) for t in (0.0, 5.0, 0.0)], ours.patch)
-    assert batch.timesteps.tolist() == [0.0, 0.0, 5.0]
-    assert batch.row[batch.history_index].unique().tolist() == [0]
-    assert batch.row[batch.current_index].unique().tolist() == [1, 2]
+    row = batch.layout.row
+    assert batch.timesteps.tolist() == [0.0, 0.0, 5.0, 0.0]
+    assert row[batch.layout.history_index].unique().tolist() == [0]
+    assert [part.unique().tolist() for part in row[batch.layout.current_index].split(36)] == [[1], [2], [3]]
+    again, _ = pack([_sequence(ours, history, x, t, embeds) for t in (9.0, 8.0, 7.0)], ours.patch)
+    assert again.layout is batch.layout
