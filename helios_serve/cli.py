@@ -184,3 +184,7 @@ def _read_steps(text: str) -> list[int]:
 def _complain(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -54,16 +54,35 @@ def generate_to_files(config: ModelConfig, body: Mapping[str, object], outputs: 
     for warning in parsed.warnings:
         console.print(f"[yellow]warning[/yellow] {warning.param}: {warning.message}")
     started = time.perf_counter()
-    init, media, latents = _run(helios, parsed, outputs, console)
-    outputs.video.write_bytes(progressive_mp4(init, media))
-    if outputs.latents is not None:
-        save_file({"latents": latents}, outputs.latents)
+    with _whole_files(outputs) as parts:
+        init, media, latents = _run(helios, parsed, parts, console)
+        parts.video.write_bytes(progressive_mp4(init, media))
+        if parts.latents is not None:
+            save_file({"latents": latents}, parts.latents)
     params = parsed.request.params
     elapsed = time.perf_counter() - started
     console.print(
         f"{outputs.video}: {params.num_output_frames} frames, {params.width}x{params.height}, seed {params.seed}, "
         f"{elapsed:.1f} s, {params.num_output_frames / elapsed:.2f} FPS"
     )
+
+
+@contextmanager
+def _whole_files(outputs: Outputs) -> Iterator[Outputs]:
+    """Names beside those of `outputs` to write to: they take their places when all is done, and vanish on failure."""
+    finals = [path for path in (outputs.video, outputs.latents, outputs.frames) if path is not None]
+    parts = {path: path.with_name(f"{path.name}.part") for path in finals}
+    try:
+        yield Outputs(
+            video=parts[outputs.video],
+            latents=None if outputs.latents is None else parts[outputs.latents],
+            frames=None if outputs.frames is None else parts[outputs.frames],
+        )
+        for final, part in parts.items():
+            part.replace(final)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def _run(

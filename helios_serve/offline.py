@@ -98,6 +98,8 @@ class Helios:
                 finished = None
                 while finished is None:
                     result = self._runner.step((request.request_id,))
+                    for _, error in result.failed:
+                        raise error
                     if on_step is not None:
                         on_step(result.steps[0][1])
                     finished = result.finished[0] if result.finished else None

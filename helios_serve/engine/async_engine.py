@@ -148,8 +148,6 @@ class AsyncEngine:
             )
             run.is_running = True
             num_running += 1
-            self._turns.remove(request_id)
-            self._turns.append(request_id)
             self._executor.submit(task)
 
     def _on_encoded(self, event: Encoded) -> None:
@@ -173,6 +171,8 @@ class AsyncEngine:
         run.next_chunk = event.chunk + 1
         run.is_running = False
         run.num_undecoded += 1
+        self._turns.remove(event.request_id)
+        self._turns.append(event.request_id)
         params = run.request.params
         self._executor.decode(
             DecodeTask(request_id=event.request_id, chunk=event.chunk, params=params, latents=event.latents)

@@ -30,10 +30,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step did: the step of each request that took part, and the chunks that it finished."""
+    """What a step did: the step of each request that took part, the chunks that it finished, and the requests that it
+    could not advance; their chunks are forgotten."""
 
     steps: tuple[tuple[str, StepCursor], ...]
     finished: tuple[ChunkOutput, ...]
+    failed: tuple[tuple[str, Exception], ...]
     num_sequences: int
 
 
@@ -82,16 +84,24 @@ class Runner:
         return StepPlan(chunks=chunks, sequences=tuple(s for chunk in chunks for s in chunk.sequences()))
 
     def _advance(self, plan: StepPlan, flows: Sequence[Tensor]) -> StepResult:
-        steps, finished, remaining = [], [], list(flows)
+        steps, finished, failed, remaining = [], [], [], list(flows)
         for chunk in plan.chunks:
-            steps.append((chunk.input.request_id, chunk.cursor))
+            request_id, cursor = chunk.input.request_id, chunk.cursor
             count = 1 if chunk.input.negative is None else 2
-            chunk.advance(remaining[:count])
-            del remaining[:count]
-            if chunk.is_finished:
-                finished.append(chunk.output())
-                del self._chunks[chunk.input.request_id]
-        return StepResult(steps=tuple(steps), finished=tuple(finished), num_sequences=len(plan.sequences))
+            own, remaining = remaining[:count], remaining[count:]
+            # The others have moved on or will: one that fails must not stop them, nor be repeated with them.
+            try:
+                chunk.advance(own)
+                if chunk.is_finished:
+                    finished.append(chunk.output())
+                    del self._chunks[request_id]
+                steps.append((request_id, cursor))
+            except Exception as error:
+                failed.append((request_id, error))
+                self.abort(request_id)
+        return StepResult(
+            steps=tuple(steps), finished=tuple(finished), failed=tuple(failed), num_sequences=len(plan.sequences)
+        )
 
     def _text_kv(self, prompt: PromptEmbedding) -> TextKV:
         return self._texts.get(prompt.key, lambda: self._transformer.project_text(prompt.embeds))

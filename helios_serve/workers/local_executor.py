@@ -144,7 +144,7 @@ class LocalExecutor:
                 self._step(self._runner.active)
 
     def _step(self, request_ids: tuple[str, ...]) -> None:
-        """One forward for all; if it fails, one for each, so that only the request at fault ends."""
+        """One forward for all; if it fails, nobody has moved, and each gets its own: only the one at fault ends."""
         started = time.perf_counter()
         try:
             result = self._runner.step(request_ids)
@@ -153,9 +153,8 @@ class LocalExecutor:
                 for request_id in request_ids:
                     self._step((request_id,))
                 return
-            logger.exception("request %s failed in a step", request_ids[0])
             self._runner.abort(request_ids[0])
-            self._emit(_failure(request_ids[0], error))
+            self._fail(request_ids[0], error)
             return
         self._hand_out(result, 1000 * (time.perf_counter() - started))
 
@@ -181,6 +180,8 @@ class LocalExecutor:
 
     def _hand_out(self, result: StepResult, device_ms: float) -> None:
         self._emit(StepDone(steps=result.steps, num_sequences=result.num_sequences, device_ms=device_ms))
+        for request_id, error in result.failed:
+            self._fail(request_id, error)
         for chunk in result.finished:
             request_id = chunk.request_id
             self._emit(
@@ -197,9 +198,12 @@ class LocalExecutor:
         try:
             work()
         except Exception as error:
-            if not isinstance(error, HeliosError):
-                logger.exception("request %s failed", request_id)
-            self._emit(_failure(request_id, error))
+            self._fail(request_id, error)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        if not isinstance(error, HeliosError):
+            logger.error("request %s failed", request_id, exc_info=error)
+        self._emit(_failure(request_id, error))
 
 
 def _failure(request_id: str, error: Exception) -> TaskFailed:
