@@ -1,0 +1,351 @@
+"""What clients do with jobs: create once, look up, list, cancel, delete, pause, send controls. Every verb names the
+tenant. Knows rows; what the owner of a job does is in `leases` and `chunks`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any
+
+import sqlalchemy as sa
+
+from helios_serve.errors import ConflictError, NotFoundError, QuotaError
+from helios_serve.store.database import Database, fields_of, insert_into
+from helios_serve.store.ending import JobError, end_job
+from helios_serve.store.errors import EventIdConflictError, IdempotencyKeyReusedError
+from helios_serve.store.paging import Page, PageRequest, read_page
+from helios_serve.store.records import (
+    ENDED,
+    RUNNABLE,
+    UNFINISHED,
+    BlobRef,
+    Control,
+    Created,
+    Job,
+    Json,
+    NewJob,
+    Source,
+    State,
+)
+from helios_serve.store.schema import chunk, control, db_now, file, idem, job, tenant
+
+IDEMPOTENCY_S = 86_400.0
+RETRY_WINDOW_S = 60.0
+MAX_PENDING_CONTROLS = 64
+
+
+def canonical_hash(body: Json) -> str:
+    """Equal for bodies that mean the same, whatever the order of their keys; BLAKE2b-128 in hexadecimal."""
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class JobStore:
+    """One for each process; every verb is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    async def create(self, new: NewJob, *, idempotency_key: str | None = None, is_retry: bool = False) -> Created:
+        """Accepts a job, or finds the one that the same key, or the same retried request, made before.
+
+        is_retry: the client says that this is a retry and sent no key: then the tenant's job of the same `spec_hash`
+        from the last 60 s is the answer, if it still runs or ended well.
+
+        Raises:
+            IdempotencyKeyReusedError: the key belongs to another body.
+            NotFoundError, ConflictError: the source of an extension is not the tenant's, or not finished.
+        """
+        return await self._db.write(_create, new, idempotency_key, is_retry)
+
+    async def get(self, tenant_id: str, job_id: str) -> Job:
+        """Raises NotFoundError for unknown, deleted and other tenants' jobs."""
+        return await self._db.read(_get, tenant_id, job_id)
+
+    async def list(self, tenant_id: str, page: PageRequest, *, states: Collection[State] | None = None) -> Page[Job]:
+        """The tenant's jobs, deleted ones left out."""
+        return await self._db.read(_list, tenant_id, page, states)
+
+    async def counts(self, tenant_id: str) -> dict[State, int]:
+        """How many unfinished jobs the tenant has, by state; absent states are 0."""
+        return await self._db.read(_counts, tenant_id)
+
+    async def bytes_stored(self, tenant_id: str) -> int:
+        """Bytes of the tenant's jobs and files; blobs that two jobs share count twice."""
+        return await self._db.read(_bytes_stored, tenant_id)
+
+    async def cancel(self, tenant_id: str, job_id: str) -> Job:
+        """Ends the job at once, whoever runs it: later commits change nothing. An ended job is returned unchanged."""
+        return await self._db.write(_cancel, tenant_id, job_id)
+
+    async def delete(self, tenant_id: str, job_id: str) -> None:
+        """Cancels the job, forgets what it holds and hides it; its blobs become garbage."""
+        await self._db.write(_delete, tenant_id, job_id)
+
+    async def pause(self, tenant_id: str, job_id: str) -> Job:
+        """Pauses the job now when nobody runs it, else asks its owner to do so after the chunk in flight."""
+        return await self._db.write(_pause, tenant_id, job_id)
+
+    async def resume(self, tenant_id: str, job_id: str) -> Job:
+        """Makes a paused job runnable; takes back a request to pause."""
+        return await self._db.write(_resume, tenant_id, job_id)
+
+    async def stop(self, tenant_id: str, job_id: str) -> Job:
+        """Ends an open-ended job with the chunks that it has: now when all are decoded, else after the last one."""
+        return await self._db.write(_stop, tenant_id, job_id)
+
+    async def add_control(
+        self, tenant_id: str, job_id: str, *, kind: str, payload: Json, event_id: str | None = None
+    ) -> Control:
+        """Makes a message to a session durable; the same `event_id` and content again is the same message.
+
+        Raises: EventIdConflictError, ConflictError when the job has ended, QuotaError with 64 messages pending.
+        """
+        return await self._db.write(_add_control, tenant_id, job_id, kind, payload, event_id)
+
+    async def attach_video(self, job_id: str, video: BlobRef) -> None:
+        """Names the finished file of a job that has none yet."""
+        await self._db.write(_attach_video, job_id, video)
+
+
+def job_record(row: sa.Row[Any]) -> Job:
+    return Job(**fields_of(job, row))
+
+
+def owned_row(connection: sa.Connection, tenant_id: str, job_id: str, *, is_locked: bool = False) -> Job:
+    """The tenant's job, not deleted; locked, it stays as it is until the transaction's end.
+
+    Raises: NotFoundError.
+    """
+    query = sa.select(job).where(job.c.id == job_id, job.c.tenant == tenant_id, job.c.state != "deleted")
+    row = connection.execute(query.with_for_update() if is_locked else query).one_or_none()
+    if row is None:
+        raise NotFoundError(f"video {job_id[:64]}: not found", param="id")
+    return job_record(row)
+
+
+def num_undecoded(connection: sa.Connection, job_id: str) -> int:
+    """Committed chunks without a segment."""
+    query = sa.select(sa.func.count()).where(chunk.c.job_id == job_id, chunk.c.seg_blob.is_(None))
+    return connection.scalar(query) or 0
+
+
+def _create(connection: sa.Connection, new: NewJob, key: str | None, is_retry: bool) -> Created:
+    if key is not None:
+        first_id = _take_key(connection, new, key)
+        if first_id != new.id:
+            return Created(job=_row(connection, first_id), is_replayed=True)
+    elif is_retry:
+        earlier = _earlier_try(connection, new)
+        if earlier is not None:
+            return Created(job=earlier, is_replayed=True)
+    connection.execute(insert_into(connection, tenant).values(id=new.tenant).on_conflict_do_nothing())
+    values = {item.name: getattr(new, item.name) for item in fields(new) if item.name not in ("source", "input_blob")}
+    num_bytes = 0
+    if new.input_blob is not None:
+        values["input_blob"], num_bytes = new.input_blob.key, new.input_blob.num_bytes
+    connection.execute(sa.insert(job).values(**values, state="queued", bytes_stored=num_bytes, created_at=db_now()))
+    if new.source is not None:
+        _copy_source(connection, new, new.source)
+    return Created(job=_row(connection, new.id), is_replayed=False)
+
+
+def _take_key(connection: sa.Connection, new: NewJob, key: str) -> str:
+    """Binds the key to the new job unless it is bound; returns the id of its job."""
+    mine = sa.and_(idem.c.tenant == new.tenant, idem.c.route == new.route, idem.c.key == key)
+    connection.execute(sa.delete(idem).where(mine, idem.c.expires_at < db_now()))
+    connection.execute(
+        insert_into(connection, idem)
+        .values(
+            tenant=new.tenant,
+            route=new.route,
+            key=key,
+            body_hash=new.spec_hash,
+            job_id=new.id,
+            expires_at=db_now() + IDEMPOTENCY_S,
+        )
+        .on_conflict_do_nothing()
+    )
+    bound = connection.execute(sa.select(idem.c.job_id, idem.c.body_hash).where(mine)).one()
+    if bound.body_hash != new.spec_hash:
+        raise IdempotencyKeyReusedError(
+            f"idempotency key {key[:64]}: it was used for another request; send a new key, or the same body",
+            param="Idempotency-Key",
+        )
+    return str(bound.job_id)
+
+
+def _earlier_try(connection: sa.Connection, new: NewJob) -> Job | None:
+    if connection.dialect.name == "postgresql":  # two retries at once must not both find nothing
+        name = sa.func.hashtextextended(f"{new.tenant}/{new.spec_hash}", 0)
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(name)))
+    query = (
+        sa.select(job)
+        .where(
+            job.c.tenant == new.tenant,
+            job.c.route == new.route,
+            job.c.spec_hash == new.spec_hash,
+            job.c.created_at > db_now() - RETRY_WINDOW_S,
+            job.c.state.in_((*UNFINISHED, "finished")),
+        )
+        .order_by(job.c.created_at.desc())
+        .limit(1)
+    )
+    row = connection.execute(query).one_or_none()
+    return None if row is None else job_record(row)
+
+
+def _copy_source(connection: sa.Connection, new: NewJob, source: Source) -> None:
+    """The new job begins with the source's chunks: the rows are copied, the blobs shared."""
+    old = owned_row(connection, new.tenant, source.job_id, is_locked=True)
+    if old.state != "finished" or old.is_expired or old.next_chunk < source.num_chunks:
+        raise ConflictError(f"video {old.id}: only a finished video that has not expired can be extended")
+    taken: dict[str, sa.ColumnElement[Any]] = {name: chunk.c[name] for name in set(chunk.c.keys()) - {"job_id"}}
+    for name, empty in (("seg_blob", None), ("seg_bytes", 0), ("seg_frames", 0), ("vae_stats", None)):
+        kept = sa.case((chunk.c.idx < source.num_segments, chunk.c[name]), else_=sa.literal(empty, chunk.c[name].type))
+        taken[name] = kept.label(name)
+    rows = sa.select(sa.literal(new.id).label("job_id"), *taken.values()).where(
+        chunk.c.job_id == old.id, chunk.c.idx < source.num_chunks
+    )
+    connection.execute(sa.insert(chunk).from_select(["job_id", *taken], rows))
+    mine = chunk.c.job_id == new.id
+    num_bytes = sa.select(sa.func.sum(chunk.c.lat_bytes + chunk.c.seg_bytes)).where(mine).scalar_subquery()
+    connection.execute(
+        sa.update(job)
+        .where(job.c.id == new.id)
+        .values(
+            next_chunk=source.num_chunks,
+            bytes_stored=job.c.bytes_stored + sa.func.coalesce(num_bytes, 0),
+            init_blob=old.init_blob,
+            seed_blob=old.seed_blob,
+            seed_rng=old.seed_rng,
+            first_blob=old.first_blob,
+        )
+    )
+
+
+def _row(connection: sa.Connection, job_id: str) -> Job:
+    return job_record(connection.execute(sa.select(job).where(job.c.id == job_id)).one())
+
+
+def _get(connection: sa.Connection, tenant_id: str, job_id: str) -> Job:
+    return owned_row(connection, tenant_id, job_id)
+
+
+def _list(connection: sa.Connection, tenant_id: str, page: PageRequest, states: Collection[State] | None) -> Page[Job]:
+    query = sa.select(job).where(job.c.tenant == tenant_id, job.c.state != "deleted")
+    if states is not None:
+        query = query.where(job.c.state.in_(states))
+    return read_page(connection, query, job, page, job_record)
+
+
+def _counts(connection: sa.Connection, tenant_id: str) -> dict[State, int]:
+    query = sa.select(job.c.state, sa.func.count()).where(job.c.tenant == tenant_id, job.c.state.in_(UNFINISHED))
+    return {state: count for state, count in connection.execute(query.group_by(job.c.state))}  # noqa: C416  # typed
+
+
+def _bytes_stored(connection: sa.Connection, tenant_id: str) -> int:
+    sums = (
+        sa.select(sa.func.sum(table.c[name])).where(table.c.tenant == tenant_id)
+        for table, name in ((job, "bytes_stored"), (file, "num_bytes"))
+    )
+    return sum(int(connection.scalar(query) or 0) for query in sums)
+
+
+def _cancel(connection: sa.Connection, tenant_id: str, job_id: str) -> Job:
+    old = owned_row(connection, tenant_id, job_id, is_locked=True)
+    if old.state in UNFINISHED:
+        error = JobError(code="cancelled", message=f"video {job_id}: cancelled")
+        end_job(connection, job_id, old=old.state, epoch=old.epoch, new="cancelled", error=error)
+    return _row(connection, job_id)
+
+
+def _delete(connection: sa.Connection, tenant_id: str, job_id: str) -> None:
+    old = owned_row(connection, tenant_id, job_id, is_locked=True)
+    connection.execute(sa.delete(chunk).where(chunk.c.job_id == job_id))
+    connection.execute(sa.delete(control).where(control.c.job_id == job_id))
+    nothing = dict.fromkeys(("input_blob", "seed_blob", "seed_rng", "init_blob", "first_blob", "video_blob", "owner"))
+    connection.execute(
+        sa.update(job)
+        .where(job.c.id == job_id, job.c.state == old.state, job.c.epoch == old.epoch)
+        .values(
+            **nothing,
+            state="deleted",
+            spec={},
+            bytes_stored=0,
+            lease_until=None,
+            in_flight=None,
+            ended_at=sa.func.coalesce(job.c.ended_at, db_now()),
+            purged_at=db_now(),
+        )
+    )
+
+
+def _pause(connection: sa.Connection, tenant_id: str, job_id: str) -> Job:
+    old = owned_row(connection, tenant_id, job_id, is_locked=True)
+    same = (job.c.id == job_id, job.c.state == old.state, job.c.epoch == old.epoch)
+    if old.state in RUNNABLE:
+        values = {"state": "paused"} if old.owner is None else {"is_pause_requested": True}
+        connection.execute(sa.update(job).where(*same).values(**values))
+    return _row(connection, job_id)
+
+
+def _resume(connection: sa.Connection, tenant_id: str, job_id: str) -> Job:
+    old = owned_row(connection, tenant_id, job_id, is_locked=True)
+    same = (job.c.id == job_id, job.c.state == old.state, job.c.epoch == old.epoch)
+    if old.state in UNFINISHED:
+        state = "queued" if old.state == "paused" else old.state
+        connection.execute(sa.update(job).where(*same).values(state=state, is_pause_requested=False))
+    return _row(connection, job_id)
+
+
+def _stop(connection: sa.Connection, tenant_id: str, job_id: str) -> Job:
+    old = owned_row(connection, tenant_id, job_id, is_locked=True)
+    if old.state in ENDED:
+        return old
+    same = (job.c.id == job_id, job.c.state == old.state, job.c.epoch == old.epoch)
+    connection.execute(sa.update(job).where(*same).values(num_chunks=old.next_chunk, is_pause_requested=False))
+    if old.next_chunk == 0:
+        error = JobError(code="cancelled", message=f"video {job_id}: stopped before its first chunk")
+        end_job(connection, job_id, old=old.state, epoch=old.epoch, new="cancelled", error=error)
+    elif num_undecoded(connection, job_id) == 0:
+        end_job(connection, job_id, old=old.state, epoch=old.epoch, new="finished")
+    elif old.state == "paused":
+        connection.execute(sa.update(job).where(*same).values(state="queued"))
+    return _row(connection, job_id)
+
+
+def _add_control(
+    connection: sa.Connection, tenant_id: str, job_id: str, kind: str, payload: Json, event_id: str | None
+) -> Control:
+    owner = owned_row(connection, tenant_id, job_id, is_locked=True)
+    mine = control.c.job_id == job_id
+    if event_id is not None:
+        row = connection.execute(sa.select(control).where(mine, control.c.event_id == event_id)).one_or_none()
+        if row is not None and (row.kind, row.payload) != (kind, dict(payload)):
+            raise EventIdConflictError(f"event {event_id[:64]}: it was used for another message of this session")
+        if row is not None:
+            return Control(**fields_of(control, row))
+    if owner.state not in UNFINISHED:
+        raise ConflictError(f"video {job_id}: {owner.state}; it takes no more messages", code="video_failed")
+    waiting = connection.scalar(sa.select(sa.func.count()).where(mine, control.c.applied_chunk.is_(None))) or 0
+    if waiting >= MAX_PENDING_CONTROLS:
+        raise QuotaError(f"{waiting} messages are pending, as many as a session takes", code="interaction_queue_full")
+    last = connection.scalar(sa.select(sa.func.max(control.c.seq)).where(mine)) or 0
+    row = connection.execute(
+        sa.insert(control)
+        .values(job_id=job_id, seq=last + 1, event_id=event_id, kind=kind, payload=payload, received_at=db_now())
+        .returning(control)
+    ).one()
+    return Control(**fields_of(control, row))
+
+
+def _attach_video(connection: sa.Connection, job_id: str, video: BlobRef) -> None:
+    connection.execute(
+        sa.update(job)
+        .where(job.c.id == job_id, job.c.state == "finished", job.c.video_blob.is_(None), job.c.purged_at.is_(None))
+        .values(video_blob=video.key, bytes_stored=job.c.bytes_stored + video.num_bytes)
+    )
