@@ -9,12 +9,20 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from helios_serve import __version__
-from helios_serve.config import Device, DType, EngineConfig, ModelConfig, ServerConfig, default_data_dir
+from helios_serve.config import (
+    Device,
+    DType,
+    EngineConfig,
+    ExecutorConfig,
+    ModelConfig,
+    ServerConfig,
+    default_data_dir,
+)
 from helios_serve.errors import HeliosError, InvalidRequestError
 from helios_serve.telemetry import configure_logging
 from helios_serve.types import Variant
@@ -123,18 +131,56 @@ def serve(
     host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     data_dir: Annotated[Path | None, typer.Option(help="Where videos and the tiny checkpoint are kept.")] = None,
-    max_pack: Annotated[int, typer.Option(help="Requests whose chunks are denoised together.")] = 4,
+    batching: Annotated[
+        Literal["auto", "always", "off"], typer.Option(help="Whether requests share forwards; auto: where it pays.")
+    ] = "auto",
+    max_pack: Annotated[int, typer.Option(help="Requests in one forward, at most.")] = 8,
+    warmup: Annotated[
+        Literal["none", "default", "all"], typer.Option(help="Recommended sizes to run once before the start.")
+    ] = "default",
+    metrics_alias: Annotated[
+        Literal["vllm"] | None, typer.Option(help="Publish metrics that vLLM has too under its names as well.")
+    ] = None,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="local: all roles in this process; ray: workers of a cluster.")
+    ] = "local",
+    encoders: Annotated[int, typer.Option(help="ray: encoder workers.")] = 1,
+    dit_groups: Annotated[int, typer.Option(help="ray: DiT groups.")] = 1,
+    dit_ranks: Annotated[int, typer.Option(help="ray: processes of one DiT group.")] = 1,
+    vaes: Annotated[int, typer.Option(help="ray: VAE workers.")] = 1,
+    gpus_per_encoder: Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 0.25.")] = None,
+    gpus_per_rank: Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 1.")] = None,
+    gpus_per_vae: Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 0.5.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="ray: host:port of a running cluster, or auto; without it one is started here.")
+    ] = None,
     device: DeviceFlag = None,
     dtype: DTypeFlag = None,
 ) -> None:
     """Serve the HTTP API."""
     from helios_serve.server import run_server
 
-    config = ServerConfig(host=host, port=port, data_dir=data_dir or default_data_dir())
-    engine = EngineConfig(max_pack=max_pack)
-    if model is None:
-        model = _embedded_model(config.data_dir)
-    run_server(_model_config(model, device, dtype), engine, config)
+    config = ServerConfig(
+        host=host,
+        port=port,
+        data_dir=data_dir or default_data_dir(),
+        warmup=warmup,
+        metrics_alias=metrics_alias,
+    )
+    engine = EngineConfig(batching=batching, max_pack=max_pack)
+    chosen = _model_config(_embedded_model(config.data_dir) if model is None else model, device, dtype)
+    on_gpu = chosen.device == "cuda"
+    ray = ExecutorConfig(
+        num_encoders=encoders,
+        num_dit_groups=dit_groups,
+        num_dit_ranks=dit_ranks,
+        num_vaes=vaes,
+        gpus_per_encoder=_share(gpus_per_encoder, 0.25 * on_gpu),
+        gpus_per_rank=_share(gpus_per_rank, 1.0 * on_gpu),
+        gpus_per_vae=_share(gpus_per_vae, 0.5 * on_gpu),
+        address=ray_address,
+    )
+    run_server(chosen, engine, config, ray if executor == "ray" else None)
 
 
 @app.command()
@@ -149,6 +195,10 @@ def _model_config(model: str, device: Device | None, dtype: DType | None) -> Mod
     chosen: Device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     by_device: DType = "float32" if chosen == "cpu" else "bfloat16"
     return ModelConfig(model=model, device=chosen, dtype=dtype or by_device)
+
+
+def _share(given: float | None, by_device: float) -> float:
+    return by_device if given is None else given
 
 
 def _embedded_model(data_dir: Path) -> str:

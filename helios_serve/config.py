@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
@@ -31,28 +32,58 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Limits of the engine.
+    """Limits of the engine; times in seconds, RELIABILITY.md 6 gives the reasons.
 
-    max_pack: requests whose chunks are denoised together. max_requests: accepted and unfinished ones.
+    batching: whether chunks of different requests share forwards: where the cost model says that it pays, always, or
+    never. max_pack: requests in one forward. max_requests: accepted and unfinished ones. max_attempts: of one chunk,
+    encoding or decoding. slots_per_vae: chunks that one VAE worker is given at a time (one decodes, one is encoded).
+    ttfc_target_s: first frame of a realtime request. max_queue_wait_s: estimated start beyond which an offline request
+    is refused. age_after_s: when an offline request that gets no service goes first for one chunk. stuck_floor_s,
+    chunk_floor_s, encode_timeout_s, decode_timeout_s: patience with a group before it is condemned. drain_s: what a
+    shutdown gives to running chunks. poison_s: how long poisonous content is refused.
     """
 
-    max_pack: int = 4
-    max_requests: int = 256
+    batching: Literal["auto", "always", "off"] = "auto"
+    max_pack: int = 8
+    max_requests: int = 1000
+    max_attempts: int = 3
+    slots_per_vae: int = 2
+    ttfc_target_s: float = 3.0
+    max_queue_wait_s: float = 600.0
+    age_after_s: float = 60.0
+    stuck_floor_s: float = 5.0
+    chunk_floor_s: float = 10.0
+    encode_timeout_s: float = 30.0
+    decode_timeout_s: float = 15.0
+    drain_s: float = 10.0
+    poison_s: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.max_pack < 1:
-            raise ValueError(f"max_pack {self.max_pack}: must be at least 1")
-        if self.max_requests < 1:
-            raise ValueError(f"max_requests {self.max_requests}: must be at least 1")
+        for name in ("max_pack", "max_requests", "max_attempts", "slots_per_vae"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("stuck_floor_s", "chunk_floor_s", "encode_timeout_s", "decode_timeout_s", "drain_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)}: must be above 0")
+
+    def patient(self) -> EngineConfig:
+        """The same limits with the patience that a CPU needs."""
+        return replace(self, stuck_floor_s=60.0, chunk_floor_s=60.0, encode_timeout_s=60.0, decode_timeout_s=60.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Where the server listens and keeps its files."""
+    """Where the server listens and keeps its files.
+
+    warmup: sizes that run once before the server is ready. metrics_alias: publish what vLLM's dashboards know under
+    its names too.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     data_dir: Path
+    warmup: Literal["none", "default", "all"] = "default"
+    metrics_alias: Literal["vllm"] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -81,3 +112,61 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorConfig:
+    """The workers of a Ray cluster: how many of each role, and what each one may use.
+
+    num_dit_ranks: processes of one DiT group, all on one node. gpus_per_*: a share of one GPU; 0 on CPU.
+    cpus_per_*: cores that Ray sets aside, and compute threads of a CPU worker (at least one).
+    address: of a running cluster, `host:port` or `auto`; None starts one on this machine. object_store_bytes: of a
+    cluster that we start; /dev/shm must hold it. cache_bytes: conditionings that a DiT rank keeps.
+    spawn_timeout_s, load_timeout_s: until a worker's process must answer, and until it must be ready.
+    """
+
+    num_encoders: int = 1
+    num_dit_groups: int = 1
+    num_dit_ranks: int = 1
+    num_vaes: int = 1
+    gpus_per_encoder: float = 0.0
+    gpus_per_rank: float = 0.0
+    gpus_per_vae: float = 0.0
+    cpus_per_encoder: float = 1.0
+    cpus_per_rank: float = 1.0
+    cpus_per_vae: float = 2.0
+    address: str | None = None
+    object_store_bytes: int = 4 << 30
+    cache_bytes: int = 1 << 30
+    beat_s: float = 0.5
+    spawn_timeout_s: float = 60.0
+    load_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_encoders", "num_dit_groups", "num_dit_ranks", "num_vaes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("gpus_per_encoder", "gpus_per_rank", "gpus_per_vae"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be 0 to 1, a share of one GPU")
+        for name in ("cpus_per_encoder", "cpus_per_rank", "cpus_per_vae"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)}: must be above 0")
+        for name in ("beat_s", "spawn_timeout_s", "load_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)}: must be above 0")
+        if self.address is not None and "://" in self.address:
+            raise ValueError(
+                f"address {self.address}: a Ray client address does not do; run on a node of the cluster and give "
+                "host:port or auto"
+            )
+        if self.object_store_bytes < 80 << 20:
+            raise ValueError(f"object_store_bytes {self.object_store_bytes}: Ray wants at least {80 << 20}")
+
+    @property
+    def num_cpus(self) -> int:
+        """Cores that all workers together set aside."""
+        ranks = self.num_dit_groups * self.num_dit_ranks
+        return math.ceil(
+            self.num_encoders * self.cpus_per_encoder + ranks * self.cpus_per_rank + self.num_vaes * self.cpus_per_vae
+        )

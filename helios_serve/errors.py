@@ -14,6 +14,7 @@ class HeliosError(Exception):
         message: what was wrong and what would be right, in one or two sentences.
         param: dotted path of the field at fault, None when no single field is.
         code: stable error code; the class's own when None.
+        retry_after_s: when another try may succeed, if that can be estimated.
     """
 
     status = 500
@@ -21,10 +22,13 @@ class HeliosError(Exception):
     code = "internal_error"
     retryable = True
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after_s = retry_after_s
         if code is not None:
             self.code = code
 
@@ -68,6 +72,12 @@ class UnsupportedMediaTypeError(HeliosError):
     """The body's content type is not one that the route reads (HTTP 415)."""
 
     status, grpc_status, code, retryable = 415, "INVALID_ARGUMENT", "unsupported_media_type", False
+
+
+class QuotaError(HeliosError):
+    """The caller has as much running or waiting as its limits allow (HTTP 429)."""
+
+    status, grpc_status, code, retryable = 429, "RESOURCE_EXHAUSTED", "quota_exceeded", True
 
 
 class GenerationError(HeliosError):

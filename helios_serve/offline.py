@@ -19,6 +19,8 @@ from helios_serve.api.media_input import Media, check_media_bytes
 from helios_serve.config import Device, DType, ModelConfig
 from helios_serve.errors import InvalidRequestError
 from helios_serve.kernels import to_uint8
+from helios_serve.model_executor.batch import ChunkInput, ChunkOutput
+from helios_serve.model_executor.history import NUM_TRAIL_CHUNKS, History
 from helios_serve.model_executor.model import load_model
 from helios_serve.model_executor.runner import Runner
 from helios_serve.types import ModelInfo, SamplingParams, Segment, StepCursor, VideoRequest
@@ -90,35 +92,55 @@ class Helios:
     def run(self, request: VideoRequest, on_step: OnStep | None = None) -> Iterator[VideoChunk]:
         """Yields the chunks of a parsed request; closing the iterator stops after the step in flight."""
         params = request.params
-        conditioning = self._encoder.encode(request)
-        continuation = conditioning.continuation
-        try:
-            for chunk in range(params.num_chunks):
-                self._runner.join(conditioning.chunk_input(request.request_id, chunk, continuation))
-                finished = None
-                while finished is None:
-                    result = self._runner.step((request.request_id,))
-                    for _, error in result.failed:
-                        raise error
-                    if on_step is not None:
-                        on_step(result.steps[0][1])
-                    finished = result.finished[0] if result.finished else None
-                continuation = finished.continuation
-                pixels = self._vae.decode(finished.latents)[: params.frames_in(chunk)]
-                start_frame = sum(params.frames_in(earlier) for earlier in range(chunk))
-                yield VideoChunk(
-                    request_id=request.request_id,
-                    index=chunk,
-                    start_frame=start_frame,
-                    latents=finished.latents,
-                    pixels=pixels.float(),
-                )
-        finally:
-            self._runner.abort(request.request_id)
+        encoded = self._encoder.encode(request)
+        generator_state = encoded.generator_state
+        made: dict[int, Tensor] = {}  # latents of the chunks that later ones see
+        for chunk in range(params.num_chunks):
+            history = _history(request, chunk, encoded.conditioning.history, made)
+            finished = self._run_chunk(
+                encoded.conditioning.chunk_input(
+                    request.request_id, request.request_id, chunk, history, generator_state
+                ),
+                on_step,
+            )
+            generator_state = finished.generator_state
+            made[chunk] = finished.latents
+            seen = (*range(chunk + 1 - NUM_TRAIL_CHUNKS, chunk + 1), request.pinned_chunk(chunk + 1))
+            made = {index: latents for index, latents in made.items() if index in seen}
+            pixels = self._vae.decode(finished.latents)[: params.frames_in(chunk)]
+            yield VideoChunk(
+                request_id=request.request_id,
+                index=chunk,
+                start_frame=sum(params.frames_in(earlier) for earlier in range(chunk)),
+                latents=finished.latents.clone(),
+                pixels=pixels.float(),
+            )
 
     def encode_segment(self, chunk: VideoChunk, params: SamplingParams) -> Segment:
         """The fMP4 segment of a chunk that `run` yielded."""
         return self._vae.encode_segment(chunk.pixels, chunk.request_id, chunk.index, params)
+
+    def _run_chunk(self, chunk: ChunkInput, on_step: OnStep | None) -> ChunkOutput:
+        """All steps of one chunk; the runner is empty afterwards, whatever happens."""
+        self._runner.join(chunk)
+        try:
+            while True:
+                result = self._runner.step((chunk.task_id,))
+                for _, error in result.failed:
+                    raise error
+                if on_step is not None:
+                    on_step(result.steps[0][1])
+                if result.finished:
+                    return result.finished[0]
+        finally:
+            self._runner.abort(chunk.task_id)
+
+
+def _history(request: VideoRequest, chunk: int, start: History, made: Mapping[int, Tensor]) -> History:
+    """What `chunk` sees: the latents of the chunks before it, behind what the request began from."""
+    pinned = request.pinned_chunk(chunk)
+    trail = [made[index] for index in range(max(0, chunk - NUM_TRAIL_CHUNKS), chunk)]
+    return start.followed_by(trail, None if pinned is None else made[pinned])
 
 
 class FileSource:

@@ -28,6 +28,7 @@ ImageFit = Literal["crop", "stretch"]
 Task = Literal["t2v", "i2v", "v2v"]
 ServiceClass = Literal["realtime", "offline"]
 Codec = Literal["h264", "vp9", "av1"]
+Role = Literal["encoder", "dit", "vae"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,12 +178,23 @@ class VideoRequest:
     service_class: ServiceClass = "offline"
     tenant: str = "default"
     priority: int = 0
+    is_strict: bool = False
+    """`reproducible: strict`: never shares a forward with another request."""
+    is_interactive: bool = False
+    """A session that takes prompt changes while it plays: it runs ahead less."""
 
     @property
     def task(self) -> Task:
         if self.image is not None:
             return "i2v"
         return "t2v" if self.video is None else "v2v"
+
+    def pinned_chunk(self, chunk: int) -> int | None:
+        """The earlier chunk whose first frame is pinned while `chunk` is made; None while it is the input's, or none
+        is."""
+        if self.params.skip_first_chunk and chunk >= 2:
+            return 1
+        return 0 if self.task == "t2v" and chunk >= 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,76 +211,212 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRef:
-    """A tensor, or a few that belong together, on some worker. The engine passes it on and cannot open it."""
+    """A tensor, or a few that belong together, on some worker. The engine passes it on and cannot open it.
+
+    `key` is unique over requests, chunks and attempts; `num_bytes` is what a worker that reads it may have to move.
+    """
 
     key: str
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRecord:
+    """What one finished chunk leaves behind, never changed again. Conditioning and the records of a request's chunks so
+    far are all that any DiT group needs to run the next one.
+
+    latents: [C, 9, h, w] float32, normalised. generator_state: of the request's CPU generator after the chunk.
+    """
+
+    chunk: int
+    latents: TensorRef
+    generator_state: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeTask:
+    """The prompts and media of one request, given to one encoder."""
+
+    task_id: str
+    request: VideoRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkTask:
-    """One chunk of one request, given to one DiT group."""
+    """One chunk of one request, given to one DiT group.
 
+    trail: latents of the chunks just before, oldest first: as many as the history window reaches, at most three.
+    first: latents of the chunk whose first frame is pinned; None while the conditioning's own frame, or none, is.
+    generator_state: before the chunk. parked: the progress of an earlier, parked run of this chunk.
+    """
+
+    task_id: str
     request_id: str
     chunk: int
     conditioning: TensorRef
-    continuation: TensorRef
+    trail: tuple[TensorRef, ...]
+    first: TensorRef | None
+    generator_state: bytes
+    parked: TensorRef | None
+    predicted_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTask:
-    """The latents of one finished chunk, given to one VAE worker."""
+    """The latents of one finished chunk, given to one VAE worker. `is_due`: a viewer waits for it, so that it goes
+    before the next step where the VAE shares its device with a DiT group."""
 
+    task_id: str
     request_id: str
     chunk: int
     params: SamplingParams
     latents: TensorRef
+    is_due: bool
+
+
+RoleTask = EncodeTask | ChunkTask | DecodeTask
+"""What a group is given. `task_id` names request, role, chunk and attempt: the answer to any other attempt is stale."""
+
+Signal = Literal["park", "abort"]
+"""What a running chunk may be told: leave at the next step boundary and keep the progress, or lose it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A stretch of work on a worker: `name` is one of API.md's phases, times are seconds of the Unix clock."""
+
+    name: Literal["text_encode", "image_encode", "video_encode", "chunk", "decode", "mux"]
+    started_s: float
+    ended_s: float
+
+    @property
+    def seconds(self) -> float:
+        return max(0.0, self.ended_s - self.started_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupUp:
+    """A group can take tasks. Encoders and VAE workers are groups of one rank.
+
+    incarnation: counts the times that the group was made anew. golden: the digest of the fixed chunk that a DiT group
+    runs before it says that it is up; equal in all groups of the same device type and number of ranks.
+    """
+
+    group: str
+    role: Role
+    num_ranks: int
+    incarnation: int
+    golden: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLost:
+    """A group is gone, with everything that it was running; GroupUp follows if it comes back."""
+
+    group: str
+    incarnation: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """A group is alive. `progress` grows with every step or task; `task_ids` are the tasks that it has."""
+
+    group: str
+    incarnation: int
+    progress: int
+    task_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """A request's conditioning is ready; `continuation` is what chunk 0 begins from."""
+    """A request's conditioning is ready; `generator_state` is what chunk 0 begins from."""
 
-    request_id: str
+    task_id: str
     conditioning: TensorRef
-    continuation: TensorRef
+    generator_state: bytes
+    phases: tuple[Phase, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """One forward is done: the step of each request that took part."""
+    """One forward of a DiT group is done; it held the current step of each of these tasks."""
 
-    steps: tuple[tuple[str, StepCursor], ...]
-    num_sequences: int
+    group: str
+    task_ids: tuple[str, ...]
     device_ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskDone:
-    """A chunk is denoised; `continuation` is what the next chunk begins from."""
+    """A chunk is denoised."""
 
-    request_id: str
-    chunk: int
+    task_id: str
     latents: TensorRef
-    continuation: TensorRef
+    generator_state: bytes
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parked:
+    """A chunk left its group at a step boundary; `state` is its progress."""
+
+    task_id: str
+    state: TensorRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aborted:
+    """A chunk left its group at a step boundary; nothing is kept."""
+
+    task_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """A chunk is decoded and encoded."""
+    """A chunk is decoded and encoded. `latents_digest` is the BLAKE2b-128 of its float32 latents, in hexadecimal."""
 
+    task_id: str
     segment: Segment
+    latents_digest: str
+    phases: tuple[Phase, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskFailed:
-    """A role could not do its part for one request: an error code, and a message for its caller."""
+    """A group could not do a task and goes on with its others.
 
-    request_id: str
+    fault: `request` is the caller's and final; after `nan` (the latents are not finite), `out_of_memory` (even alone)
+    and `error` the task may be tried again. code and message are for the caller.
+    """
+
+    task_id: str
+    fault: Literal["request", "nan", "out_of_memory", "error"]
     code: str
     message: str
 
 
-ExecutorEvent = Encoded | StepDone | TaskDone | Decoded | TaskFailed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackLimit:
+    """A pack ran out of memory: forwards of at most `max_tokens` tokens are known to fit this DiT group."""
+
+    group: str
+    max_tokens: int
+
+
+ExecutorEvent = (
+    GroupUp
+    | GroupLost
+    | Beat
+    | Encoded
+    | StepDone
+    | TaskDone
+    | Parked
+    | Aborted
+    | Decoded
+    | TaskFailed
+    | PackLimit
+)
 """What an executor tells the engine."""
 
 

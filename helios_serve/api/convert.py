@@ -81,6 +81,7 @@ def parse_generation(body: Mapping[str, object], model: ModelInfo, media: Media,
         image=load_image(named, params, media),
         video=load_video(named, params, media),
         service_class=service_class_of(fields.helios),
+        is_strict=fields.helios.reproducible == "strict",
     )
     return ParsedRequest(
         request=request,
@@ -122,9 +123,6 @@ def _check_off(named: NamedBody) -> None:
             raise InvalidRequestError(
                 f"{named.name(key)}: {message}", param=named.name(key), code="unsupported_parameter"
             )
-    if body.helios.reproducible is not None:
-        name = named.name("helios", "reproducible")
-        raise InvalidRequestError(f"{name}: not offered; leave it out", param=name, code="unsupported_parameter")
 
 
 def _check_outputs(named: NamedBody) -> None:
@@ -154,7 +152,7 @@ def _size(named: NamedBody, model: ModelInfo, warnings: Warnings) -> tuple[int, 
                 f"{missing}: required beside {given}", param=missing, code="missing_required_parameter"
             )
         size = (body.width, body.height)
-        param = "width"
+        param = "width" if body.width % model.size_multiple or not body.height % model.size_multiple else "height"
         if body.size not in (None, "auto") and _size_from_text(named, model) != size:
             raise InvalidRequestError(
                 f"size {shown(body.size)}: width and height say {size[0]}x{size[1]}; give one of them",

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from helios_serve.api import schemas
@@ -22,10 +22,11 @@ from helios_serve.api.content import RangeNotSatisfiableError, video_response, w
 from helios_serve.api.convert import Limits, ParsedRequest, parse_generation
 from helios_serve.api.jobs import Job, StoredVideo, content_url, generation_object, model_object, video_object
 from helios_serve.api.media_input import DataUriSource, Media, MediaDecoder
-from helios_serve.api.middleware import BodyLimit, RequestBoundary, error_response
+from helios_serve.api.middleware import BodyLimit, RequestBoundary, RequestCount, error_response
 from helios_serve.api.names import shown
 from helios_serve.api.service import VideoService
 from helios_serve.errors import HeliosError, InvalidRequestError, NotFoundError, UnsupportedMediaTypeError
+from helios_serve.telemetry import Metrics
 
 GENERATIONS = "/v1/videos/generations"
 _EXAMPLE = {"prompt": "A lighthouse in a storm, waves breaking over the rocks", "num_frames": 33, "seed": 42}
@@ -51,10 +52,11 @@ class RouteError(HeliosError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """What the HTTP surface needs beside the service."""
+    """What the HTTP surface needs beside the service. Without `metrics` it counts its requests in its own."""
 
     decoder: MediaDecoder
     version: str
+    metrics: Metrics | None = None
     limits: Limits = field(default_factory=Limits)
     max_body_bytes: int = 64 * 2**20
     max_other_body_bytes: int = 2**20
@@ -76,7 +78,8 @@ def create_app(service: VideoService, settings: ServerSettings) -> FastAPI:
         redirect_slashes=False,
         telemetry=_TELEMETRY_OFF,
     )
-    routes = _Routes(service, settings)
+    metrics = Metrics(service.model.name) if settings.metrics is None else settings.metrics
+    routes = _Routes(service, settings, metrics)
     app.add_api_route(
         GENERATIONS,
         routes.generate,
@@ -99,6 +102,7 @@ def create_app(service: VideoService, settings: ServerSettings) -> FastAPI:
     _add_get(app, "/ready", routes.health, None, 503)
     _add_get(app, "/live", routes.live, None)
     _add_get(app, "/version", routes.version, None)
+    _add_metrics(app, routes.metrics)
     _add_error_handlers(app)
     app.add_middleware(
         BodyLimit,
@@ -106,6 +110,7 @@ def create_app(service: VideoService, settings: ServerSettings) -> FastAPI:
         bytes_by_path={GENERATIONS: settings.max_body_bytes},
     )
     app.add_middleware(RequestBoundary)
+    app.add_middleware(RequestCount, metrics=metrics)
     return app
 
 
@@ -121,9 +126,10 @@ class _HeliosApp(FastAPI):
 class _Routes:
     """The handlers: one method per route."""
 
-    def __init__(self, service: VideoService, settings: ServerSettings) -> None:
+    def __init__(self, service: VideoService, settings: ServerSettings, metrics: Metrics) -> None:
         self._service = service
         self._settings = settings
+        self._metrics = metrics
         self._media = Media(source=DataUriSource(), decoder=settings.decoder)
         self._created = int(time.time())
 
@@ -173,6 +179,12 @@ class _Routes:
 
     async def version(self) -> Response:
         return JSONResponse({"version": self._settings.version, "model": self._service.model.name})
+
+    async def metrics(self, request: Request) -> Response:
+        weights = _accept_weights(request, "text/plain", "application/openmetrics-text")
+        wants_openmetrics = weights["application/openmetrics-text"] > weights["text/plain"]
+        text, content_type = self._metrics.render(openmetrics=wants_openmetrics)
+        return Response(text, headers={"content-type": content_type})
 
     def _parse(self, raw: bytes) -> ParsedRequest:
         """Runs in a thread: decoding a video takes long enough to stall every other client."""
@@ -246,18 +258,25 @@ def _base_url(request: Request) -> str:
 
 
 def _wants_mp4(request: Request) -> bool:
-    """Whether the Accept header prefers MP4: by quality, then by being named rather than matched; JSON wins a tie."""
+    """Whether the Accept header prefers MP4; JSON wins a tie."""
+    weights = _accept_weights(request, "application/json", "video/mp4")
+    if not any(quality > 0 for quality, _ in weights.values()):
+        accept = request.headers["accept"]
+        raise NotAcceptableError(f"accept {shown(accept)}: only application/json and video/mp4", param="accept")
+    return weights["video/mp4"] > weights["application/json"]
+
+
+def _accept_weights(request: Request, *kinds: str) -> dict[str, tuple[float, bool]]:
+    """How much the Accept header wants each media type: its quality, then whether it is named rather than matched."""
     accept = request.headers.get("accept", "*/*") or "*/*"
-    weights = {"application/json": (0.0, False), "video/mp4": (0.0, False)}
+    weights = dict.fromkeys(kinds, (0.0, False))
     for entry in accept.split(","):
         media_range, *parameters = (part.strip().lower() for part in entry.split(";"))
         quality = next((_quality(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
-        for kind in weights:
-            if media_range in ("*/*", kind, kind.split("/")[0] + "/*"):
+        for kind in kinds:
+            if quality > 0 and media_range in ("*/*", kind, kind.split("/")[0] + "/*"):
                 weights[kind] = max(weights[kind], (quality, media_range == kind))
-    if all(quality <= 0 for quality, _ in weights.values()):
-        raise NotAcceptableError(f"accept {shown(accept)}: only application/json and video/mp4", param="accept")
-    return weights["video/mp4"] > weights["application/json"]
+    return weights
 
 
 def _quality(text: str) -> float:
@@ -290,6 +309,12 @@ def _add_get(
     """A GET route that answers HEAD too, which the framework does not do by itself."""
     app.add_api_route(path, endpoint, methods=["GET"], response_model=answer, responses=_error_answers(*error_statuses))
     app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
+
+
+def _add_metrics(app: FastAPI, endpoint: Callable[..., Any]) -> None:
+    formats: dict[int | str, dict[str, Any]] = {200: {"content": {"application/openmetrics-text": {}}}}
+    app.add_api_route("/metrics", endpoint, methods=["GET"], response_class=PlainTextResponse, responses=formats)
+    app.add_api_route("/metrics", endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:

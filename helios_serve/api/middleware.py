@@ -1,4 +1,4 @@
-"""What surrounds every HTTP request: an id on each answer, a limit on each body, an answer to each defect.
+"""What surrounds every HTTP request: a count, an id on each answer, a limit on each body, an answer to each defect.
 
 Pure ASGI: a wrapper that runs the application in another task would hide the client's disconnect from it.
 """
@@ -6,33 +6,77 @@ Pure ASGI: a wrapper that runs the application in another task would hide the cl
 from __future__ import annotations
 
 import logging
+import math
+import time
 import uuid
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from helios_serve.api import schemas
 from helios_serve.api.jobs import error_detail
 from helios_serve.api.service import InternalError
 from helios_serve.errors import BodyTooLargeError, HeliosError
+from helios_serve.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
+MAX_RETRY_AFTER_S = 120
+"""Seconds that a client is told to wait, where nobody knows better, and at most."""
+
+OTHER = "other"
+"""Label of what clients make up: paths without a route, and methods that HTTP does not know."""
+
+NO_ANSWER = 499
+"""Status that stands for a client that left before any answer."""
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 
 
 def error_response(error: HeliosError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Every error answer: OpenAI's shape, and whether a retry can help."""
-    retry = {"retry-after": str(RETRY_AFTER_S)} if error.retryable else {"x-should-retry": "false"}
+    if error.retryable:
+        seconds = RETRY_AFTER_S if error.retry_after_s is None else min(MAX_RETRY_AFTER_S, error.retry_after_s)
+        retry = {"retry-after": str(math.ceil(seconds))}
+    else:
+        retry = {"x-should-retry": "false"}
     answer = schemas.ErrorAnswer(error=error_detail(error))
     return JSONResponse(answer.model_dump(), status_code=error.status, headers=retry | dict(headers or {}))
 
 
+class RequestCount:
+    """Counts every request and its time until the last byte of the answer is sent. The outermost layer."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s, status = time.monotonic(), NO_ANSWER
+
+        async def send_noting_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting_status)
+        finally:
+            method = scope["method"] if scope["method"] in _METHODS else OTHER
+            self._metrics.http_request(_template(scope), method, status, time.monotonic() - started_s)
+
+
 class RequestBoundary:
-    """Puts `x-request-id` on every answer and turns an unexpected exception into a logged 500. The outermost layer."""
+    """Puts `x-request-id` on every answer and turns an unexpected exception into a logged 500."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -93,6 +137,14 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted_receive, send)
+
+
+def _template(scope: Scope) -> str:
+    """The route's template. Matched here, because a body that is refused never reaches the router."""
+    for route in scope["app"].routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            return str(route.path)
+    return OTHER
 
 
 def _request_id(given: str | None) -> str:

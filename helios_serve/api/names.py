@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from helios_serve.api.schemas import (
     FIELD_ALIASES,
+    FIXED_HERE,
     HELIOS_ALIASES,
     HELIOS_CONTAINERS,
     GenerationBody,
@@ -39,6 +40,13 @@ _KEYS_OF_OBJECT = {
     "prompts": _field_names(PromptEntry),
     "input_reference": _field_names(ImageReference),
     "video": _field_names(VideoReference),
+}
+_LIKENESS = 0.7
+"""How like a known name an unknown one must be to be taken for a slip of the keyboard, 0 to 1."""
+
+_REFERENCES = {
+    "input_reference": "must be a string, or an object with image_url",
+    "video": "must be a string, or an object with video_url",
 }
 _TYPE_MESSAGES = {
     "int_type": "must be an integer",
@@ -147,11 +155,13 @@ def _same(left: object, right: object) -> bool:
 
 
 def _unknown(written: str, key: str, known: Iterable[str]) -> InvalidRequestError:
-    close = difflib.get_close_matches(key[:64], sorted(known), n=1)
+    param = written[:120]
+    if key in FIXED_HERE:
+        return InvalidRequestError(f"{param}: {FIXED_HERE[key]}", param=param, code="unsupported_parameter")
+    close = difflib.get_close_matches(key[:64], sorted(known), n=1, cutoff=_LIKENESS)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return InvalidRequestError(
-        f"{written[:120]}: unknown parameter{hint}", param=written[:120], code="unknown_parameter"
-    )
+    name = param if param.isprintable() and param else shown(param)
+    return InvalidRequestError(f"{name}: unknown parameter{hint}", param=param, code="unknown_parameter")
 
 
 def _dotted(path: Path, written: Mapping[Path, str]) -> str:
@@ -175,7 +185,9 @@ def _translate(error: ValidationError, written: Mapping[Path, str]) -> InvalidRe
         return _unknown(name, str(loc[-1]), _KEYS_OF_OBJECT[str(loc[0])])
     if detail["type"] == "missing":
         return InvalidRequestError(f"{name}: required", param=name, code="missing_required_parameter")
-    return InvalidRequestError(f"{name} {shown(detail['input'])}: {_explain(detail)}", param=name)
+    is_reference = detail["type"] == "model_type" and len(loc) == 1 and loc[0] in _REFERENCES
+    explained = _REFERENCES[str(loc[0])] if is_reference else _explain(detail)
+    return InvalidRequestError(f"{name} {shown(detail['input'])}: {explained}", param=name)
 
 
 def _explain(detail: ErrorDetails) -> str:

@@ -40,6 +40,25 @@ HELIOS_ALIASES = {
 }
 """Other name of a key of `helios` -> the key."""
 
+FIXED_HERE = {
+    "keep_first_frame": "the first frame is always kept; leave it out",
+    "latents": "initial noise comes from seed; leave it out",
+    "image_latents": "latents are not taken; give image",
+    "fake_image_latents": "latents are not taken; give image",
+    "video_latents": "latents are not taken; give video",
+    "prompt_embeds": "embeddings are not taken; give prompt",
+    "negative_prompt_embeds": "embeddings are not taken; give negative_prompt",
+    "num_videos_per_prompt": "one request makes one video; send several requests",
+    "sigmas": "the checkpoint's scheduler sets them; steps says how many",
+    "history_sizes": "the history is always 16, 2 and 1 latent frames; leave it out",
+    "num_latent_frames_per_chunk": "a chunk is always 9 latent frames; leave it out",
+    "max_sequence_length": "prompts always have 512 tokens; leave it out",
+    "add_noise_to_image_latents": "noise is always added; image_noise_sigma_min and image_noise_sigma_max 0 give none",
+    "add_noise_to_video_latents": "noise is always added; video_noise_sigma_min and video_noise_sigma_max 0 give none",
+    "output_type": "see response_format and the Accept header; leave it out",
+}
+"""Options of the reference's pipelines that are no fields here -> why not, and what to do."""
+
 HELIOS_CONTAINERS = ("helios", "extra_params", "extra_body")
 """Objects whose keys are keys of `helios`; the last two may hold top-level fields as well."""
 

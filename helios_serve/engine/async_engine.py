@@ -1,201 +1,141 @@
-"""The engine's loop: events in, plan, submit, route finished chunks. Knows requests and chunks; sees references, never
-tensors, and knows nothing of HTTP, stores or devices.
+"""The engine on an event loop: submissions become async iterators, the executor's answers and a timer drive the turns.
 
-Requests take turns chunk by chunk in the order in which they became ready; up to `max_pack` of them share their
-forwards.
+Knows asyncio and the clock; decides nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import logging
+import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
 
 from helios_serve.config import EngineConfig
+from helios_serve.engine.engine import Engine
 from helios_serve.engine.executor import Executor
+from helios_serve.engine.recorder import Recorder
+from helios_serve.engine.step_cost import CostModel
 from helios_serve.errors import CapacityError
-from helios_serve.types import (
-    ChunkTask,
-    Completed,
-    Decoded,
-    DecodeTask,
-    Encoded,
-    Event,
-    ExecutorEvent,
-    Failure,
-    Progress,
-    SegmentReady,
-    StepDone,
-    TaskDone,
-    TaskFailed,
-    TensorRef,
-    VideoRequest,
-)
+from helios_serve.telemetry import Metrics
+from helios_serve.types import Completed, Event, ExecutorEvent, Failure, Role, VideoRequest
 
-MAX_UNDECODED_CHUNKS = 2
-"""Chunks of one request that may wait for the VAE before its next chunk is held back."""
+logger = logging.getLogger(__name__)
 
-
-@dataclass(slots=True)
-class RequestRun:
-    """The mutable state of one accepted request, owned by the engine's loop."""
-
-    request: VideoRequest
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    conditioning: TensorRef | None = None
-    continuation: TensorRef | None = None
-    next_chunk: int = 0
-    num_undecoded: int = 0
-    is_running: bool = False
-
-    @property
-    def is_runnable(self) -> bool:
-        return (
-            self.continuation is not None
-            and not self.is_running
-            and self.next_chunk < self.request.params.num_chunks
-            and self.num_undecoded < MAX_UNDECODED_CHUNKS
-        )
+TICK_S = 0.25
+"""How often the groups are judged."""
 
 
 class AsyncEngine:
     """Serves many requests through one executor. All methods belong to the event loop that called `start`."""
 
-    def __init__(self, executor: Executor, config: EngineConfig) -> None:
+    def __init__(self, executor: Executor, model: CostModel, config: EngineConfig, metrics: Metrics) -> None:
         self._executor = executor
         self._config = config
-        self._runs: dict[str, RequestRun] = {}
-        self._turns: deque[str] = deque()
-        self._is_started = False
+        self._engine = Engine(executor, model, config, self._publish, Recorder(metrics))
+        self._queues: dict[str, asyncio.Queue[Event]] = {}
+        self._changed = asyncio.Event()
+        self._turn_is_due = False
+        self._wake: asyncio.TimerHandle | None = None
+        self._ticking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Starts the executor; its events are handled on the running loop."""
+        """Starts the executor; its groups come up one by one."""
         loop = asyncio.get_running_loop()
 
         def emit(event: ExecutorEvent) -> None:
             loop.call_soon_threadsafe(self._handle, event)
 
         self._executor.start(emit)
-        self._is_started = True
+        self._ticking = asyncio.create_task(self._tick())
+
+    async def wait_ready(self) -> None:
+        """Returns when every role has a group that takes tasks."""
+        while self._engine.missing_roles():
+            self._changed.clear()
+            await self._changed.wait()
 
     async def close(self) -> None:
-        """Ends all requests with a failure and stops the executor."""
-        self._is_started = False
-        for request_id in list(self._runs):
-            self._fail(request_id, "draining", "the server is shutting down; send the request again")
-        await asyncio.to_thread(self._executor.close)
+        """Lets running chunks end, as far as they do within `drain_s`, ends all requests and stops the executor."""
+        started = time.monotonic()
+        if self._ticking is None:
+            return
+        self._engine.drain(started)
+        try:
+            async with asyncio.timeout(self._config.drain_s):
+                while not self._engine.is_drained:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            logger.warning("some chunks did not end within %g s and are given up", self._config.drain_s)
+        self._engine.fail_all("draining", "the server is shutting down; send the request again", time.monotonic())
+        self._ticking.cancel()
+        self._ticking = None
+        if self._wake is not None:
+            self._wake.cancel()
+        left_s = max(0.5, self._config.drain_s - (time.monotonic() - started))
+        await asyncio.to_thread(self._executor.close, left_s)
 
     def is_ready(self) -> bool:
         """Whether requests are taken."""
-        return self._is_started
+        return self._ticking is not None and not self._engine.is_draining and not self._engine.missing_roles()
+
+    def missing_roles(self) -> list[Role]:
+        """Roles without a group that takes tasks."""
+        return self._engine.missing_roles()
 
     @property
     def num_requests(self) -> int:
-        return len(self._runs)
+        return self._engine.num_requests
 
     async def submit(self, request: VideoRequest) -> AsyncGenerator[Event, None]:
         """The events of a request, ending with Completed or Failure. Closing the iterator cancels the request.
 
-        Raises: CapacityError when the engine is full or stopped.
+        Raises: CapacityError, QuotaError, InvalidRequestError or GenerationError when the request is not admitted.
         """
-        if not self._is_started:
+        if self._ticking is None:
             raise CapacityError("the engine is not running", code="no_worker")
-        if len(self._runs) >= self._config.max_requests:
-            raise CapacityError(f"{len(self._runs)} requests are waiting or running; try again later")
-        run = RequestRun(request=request)
-        self._runs[request.request_id] = run
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self._queues[request.request_id] = events
         try:
-            self._executor.encode(request)
+            self._engine.submit(request, time.monotonic())
+            self._plan_wake()
             while True:
-                event = await run.events.get()
+                event = await events.get()
                 yield event
                 if isinstance(event, Completed | Failure):
                     return
         finally:
-            self._end(request.request_id)
+            del self._queues[request.request_id]
+            self._engine.cancel(request.request_id, time.monotonic())
+
+    def _publish(self, request_id: str, event: Event) -> None:
+        queue = self._queues.get(request_id)
+        if queue is not None:
+            queue.put_nowait(event)
 
     def _handle(self, event: ExecutorEvent) -> None:
-        match event:
-            case StepDone():
-                self._report_progress(event)
-            case Encoded():
-                self._on_encoded(event)
-            case TaskDone():
-                self._on_chunk(event)
-            case Decoded():
-                self._on_segment(event)
-            case TaskFailed():
-                self._fail(event.request_id, event.code, event.message)
-        self._dispatch()
+        self._engine.handle(event, time.monotonic())
+        if not self._turn_is_due:
+            # Events that are already waiting are all taken in before one turn answers them.
+            self._turn_is_due = True
+            asyncio.get_running_loop().call_soon(self._turn)
 
-    def _dispatch(self) -> None:
-        """Gives chunks to the DiT group in turn until `max_pack` are running."""
-        num_running = sum(run.is_running for run in self._runs.values())
-        for request_id in list(self._turns):
-            if num_running == self._config.max_pack:
-                return
-            run = self._runs[request_id]
-            if not run.is_runnable:
-                continue
-            assert run.conditioning is not None
-            assert run.continuation is not None
-            task = ChunkTask(
-                request_id=request_id,
-                chunk=run.next_chunk,
-                conditioning=run.conditioning,
-                continuation=run.continuation,
-            )
-            run.is_running = True
-            num_running += 1
-            self._executor.submit(task)
-
-    def _on_encoded(self, event: Encoded) -> None:
-        run = self._runs.get(event.request_id)
-        if run is None:
+    def _turn(self) -> None:
+        self._turn_is_due = False
+        if self._ticking is None:
             return
-        run.conditioning, run.continuation = event.conditioning, event.continuation
-        self._turns.append(event.request_id)
+        self._engine.turn(time.monotonic())
+        self._changed.set()
+        self._plan_wake()
 
-    def _report_progress(self, event: StepDone) -> None:
-        for request_id, cursor in event.steps:
-            run = self._runs.get(request_id)
-            if run is not None:
-                run.events.put_nowait(Progress(request_id=request_id, cursor=cursor, device_ms=event.device_ms))
+    def _plan_wake(self) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+        now = time.monotonic()
+        wake = self._engine.next_wake(now)
+        self._wake = None if wake is None else asyncio.get_running_loop().call_later(max(0.0, wake - now), self._turn)
 
-    def _on_chunk(self, event: TaskDone) -> None:
-        run = self._runs.get(event.request_id)
-        if run is None:
-            return
-        run.continuation = event.continuation
-        run.next_chunk = event.chunk + 1
-        run.is_running = False
-        run.num_undecoded += 1
-        self._turns.remove(event.request_id)
-        self._turns.append(event.request_id)
-        params = run.request.params
-        self._executor.decode(
-            DecodeTask(request_id=event.request_id, chunk=event.chunk, params=params, latents=event.latents)
-        )
-
-    def _on_segment(self, event: Decoded) -> None:
-        segment = event.segment
-        run = self._runs.get(segment.request_id)
-        if run is None:
-            return
-        run.num_undecoded -= 1
-        run.events.put_nowait(SegmentReady(segment=segment))
-        if segment.chunk + 1 == run.request.params.num_chunks:
-            run.events.put_nowait(Completed(request_id=segment.request_id))
-
-    def _fail(self, request_id: str, code: str, message: str) -> None:
-        run = self._runs.get(request_id)
-        if run is not None:
-            run.events.put_nowait(Failure(request_id=request_id, code=code, message=message))
-
-    def _end(self, request_id: str) -> None:
-        del self._runs[request_id]
-        if request_id in self._turns:
-            self._turns.remove(request_id)
-        self._executor.release(request_id)
-        self._dispatch()
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._engine.tick(time.monotonic(), TICK_S)

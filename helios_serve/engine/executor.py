@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from helios_serve.types import ChunkTask, DecodeTask, ExecutorEvent, VideoRequest
+from helios_serve.types import ExecutorEvent, RoleTask, Signal, TensorRef
 
 
 class Executor(Protocol):
-    """The workers of all roles together. No call blocks; results arrive through `emit`, from any thread."""
+    """The groups of all roles together. Except `close`, no call blocks; answers arrive through `emit`, from any thread.
+
+    Every task that was submitted gets one answer (Encoded, TaskDone, Parked, Aborted, Decoded or TaskFailed), unless
+    its group is lost. An answer's references stay readable until they are dropped, whatever happens to the group.
+    """
 
     def start(self, emit: Callable[[ExecutorEvent], None]) -> None:
-        """Starts the workers."""
+        """Starts the workers; each group says GroupUp when it can take tasks, and Beat from then on."""
 
-    def encode(self, request: VideoRequest) -> None:
-        """Encoder: answers Encoded or TaskFailed."""
+    def submit(self, group: str, tasks: Sequence[RoleTask]) -> None:
+        """Gives tasks of its role to a group; chunks join the running pack at its next step boundary."""
 
-    def submit(self, task: ChunkTask) -> None:
-        """DiT group: the chunk joins at the next step boundary; answers StepDone per step, then TaskDone or
-        TaskFailed."""
+    def signal(self, group: str, task_id: str, op: Signal) -> None:
+        """Parks or aborts a chunk at the group's next step boundary; one that ends before that is done as usual."""
 
-    def decode(self, task: DecodeTask) -> None:
-        """VAE worker: answers Decoded or TaskFailed; the latents are let go."""
+    def condemn(self, group: str, why: str) -> None:
+        """Kills a group and makes it anew; GroupLost follows at once."""
 
-    def release(self, request_id: str) -> None:
-        """Stops all work for a request at the next step boundary and lets go of everything it holds."""
+    def drop(self, refs: Sequence[TensorRef]) -> None:
+        """Lets go of what these references stand for. A task of an ended request that still wanted to read them may
+        fail, but answers all the same."""
 
-    def close(self) -> None:
-        """Stops the workers and waits for them; work in flight is lost."""
+    def close(self, drain_s: float) -> None:
+        """Stops the workers and waits for them, at most `drain_s`; work in flight is lost."""

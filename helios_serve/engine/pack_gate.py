@@ -103,4 +103,4 @@ def _fits(pack: list[RequestState], job: RequestState, group: GroupState) -> boo
 
 
 def _peak_tokens(job: RequestState) -> int:
-    return max(step.num_tokens for step in job.timing.steps[job.step :])
+    return max((step.num_tokens for step in job.timing.steps[job.step :]), default=0)

@@ -62,6 +62,8 @@ class RequestState:
     """Back-pressure, a disconnected client or an operator keep the request from starting chunks."""
     is_cancelled: bool = False
     is_suspect: bool = False
+    avoided_group: str | None = None
+    """Where the chunk failed; it is tried again elsewhere."""
 
     group_id: str | None = None
     in_forward: bool = False
@@ -175,7 +177,7 @@ class RequestState:
         """The running chunk's latents exist."""
         self._leave_group(now)
         self.next_chunk += 1
-        self.step, self.attempt, self.aged = 0, 0, False
+        self.step, self.attempt, self.aged, self.avoided_group = 0, 0, False, None
         self.timing = self.steady = model.timing(self.request.params, self.next_chunk, self.arrival.num_ranks)
         self._set_deadline()
 
@@ -257,15 +259,26 @@ class GroupState:
             return False
         return not any(job.runs_alone or job.is_cancelled for job in self.jobs)
 
+    def takes(self, job: RequestState) -> bool:
+        """Whether the group may run this job's chunk at all."""
+        return job.arrival.num_ranks == self.num_ranks and job.avoided_group != self.group_id
+
     @property
     def is_ending(self) -> bool:
         """Whether every chunk of the pack ends with the running forward."""
         return all(job.step + 1 >= len(job.timing.steps) for job in self.jobs)
 
+    @property
+    def stepping(self) -> list[RequestState]:
+        """The jobs that the next forward advances: those that have made their last step only have to be handed over."""
+        return [job for job in self.jobs if job.step < len(job.timing.steps)]
+
     def forward_began(self, now: float, model: CostModel) -> None:
         """The group's next forward holds a step of every job of the pack."""
-        self.next_boundary = now + model.forward_s(self.num_ranks, tuple(job.step_shape for job in self.jobs))
-        for job in self.jobs:
+        jobs = self.stepping
+        shapes = tuple(job.step_shape for job in jobs)
+        self.next_boundary = now + model.forward_s(self.num_ranks, shapes) if shapes else now
+        for job in jobs:
             job.in_forward = True
 
     def released(self, job: RequestState) -> None:

@@ -288,7 +288,7 @@ def _start(group: GroupState, ready: _Ready, desk: Desk, *, num_others: int) -> 
     pack: list[tuple[int, RequestState]] = []
     num_seen = 0
     for tier, job in ready.waiting():
-        if job.arrival.num_ranks != group.num_ranks:
+        if not group.takes(job):
             continue
         if not pack:
             pack.append((tier, job))
@@ -328,7 +328,7 @@ def _join(groups: Sequence[GroupState], ready: _Ready, desk: Desk) -> list[Actio
         for num_seen, (tier, job) in enumerate(ready.waiting()):
             if num_seen == desk.cfg.pack_candidates or len(group.jobs) == desk.cfg.max_pack:
                 break
-            if job.arrival.num_ranks == group.num_ranks and pack_pays(group.jobs, job, group, desk):
+            if group.takes(job) and pack_pays(group.jobs, job, group, desk):
                 actions.append(Join(group=group.group_id, task=_dispatch(group, tier, job, desk)))
                 ready.num_left -= 1
     return actions

@@ -5,13 +5,14 @@ Knows samplers, guidance and schedules; knows nothing of packing, threads or oth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from helios_serve.model_executor import guidance
-from helios_serve.model_executor.history import Continuation, HistoryTokens
+from helios_serve.model_executor.history import History, HistoryTokens
 from helios_serve.model_executor.model_config import SchedulerConfig
 from helios_serve.model_executor.packing import TextKV, TokenSequence
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding
@@ -28,25 +29,59 @@ from helios_serve.types import LATENT_FRAMES_PER_CHUNK, Guidance, SamplingParams
 class ChunkInput:
     """Everything that decides the latents of one chunk; any worker can run it.
 
-    `negative` is set exactly when `params.uses_guidance`.
+    `negative` is set exactly when `params.uses_guidance`. `generator_state` is that of the request's CPU generator
+    before the chunk.
     """
 
+    task_id: str
     request_id: str
     chunk: int
     params: SamplingParams
     prompt: PromptEmbedding
     negative: PromptEmbedding | None
-    continuation: Continuation
+    history: History
+    generator_state: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkedChunk:
+    """A chunk taken out between two steps: with its ChunkInput, all that any worker needs to go on as if nothing had
+    happened. Tensors keep their dtypes."""
+
+    cursor: StepCursor
+    x: Tensor
+    stage_start: Tensor
+    memory: UniPCMemory | None
+    generator_state: bytes
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds."""
+        if self.memory is None:
+            return (self.x, self.stage_start)
+        older = () if self.memory.older is None else (self.memory.older,)
+        return (self.x, self.stage_start, self.memory.clean, self.memory.last, *older)
+
+    def to(self, device: torch.device) -> ParkedChunk:
+        """The same on another device."""
+        memory = self.memory
+        if memory is not None:
+            older = None if memory.older is None else memory.older.to(device)
+            memory = replace(memory, clean=memory.clean.to(device), older=older, last=memory.last.to(device))
+        return replace(self, x=self.x.to(device), stage_start=self.stage_start.to(device), memory=memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkOutput:
-    """A finished chunk: `latents` [C, 9, h, w] normalised, and what the next chunk begins from."""
+    """A finished chunk: `latents` [C, 9, h, w] float32, normalised, and the generator's state after it."""
 
-    request_id: str
+    task_id: str
     chunk: int
     latents: Tensor
-    continuation: Continuation
+    generator_state: bytes
+
+
+class NotFiniteError(ArithmeticError):
+    """The latents of a chunk hold NaN or infinity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,32 +104,46 @@ class ChunkState:
         rules: SamplingRules,
         transformer: HeliosTransformer,
         texts: tuple[TextKV, TextKV | None],
+        parked: ParkedChunk | None = None,
     ) -> None:
         self.input = chunk
         self.rules = rules
-        self.cursor = StepCursor(chunk=chunk.chunk)
         self._patch = transformer.patch
         self._dtype = transformer.dtype
         self._device = transformer.device
         self._cond, self._uncond = texts
-        self._generator = torch.Generator()
-        self._generator.set_state(chunk.continuation.generator_state)
-        history = chunk.continuation.history
-        channels, _, height, width = history.frames.shape
+        channels, _, height, width = chunk.history.frames.shape
         self._shape = (channels, LATENT_FRAMES_PER_CHUNK, height, width)
         num_stages = chunk.params.num_stages
         self._grids = tuple(self._grid(num_stages - 1 - stage) for stage in range(num_stages))
         self._rotary = tuple(transformer.current_rotary(grid) for grid in self._grids)
-        self._history: HistoryTokens = transformer.embed_history(history)
+        self._history: HistoryTokens = transformer.embed_history(chunk.history)
         self.schedule: ChunkSchedule = chunk_schedule(
             rules.scheduler,
             chunk.params.steps_in(chunk.chunk),
             tuple(t * h * w for t, h, w in self._grids),
         )
-        noise = torch.randn(1, *self._shape, generator=self._generator)[0]
-        self.x = shrink_noise(noise, num_stages).to(self._device)
-        self._stage_start = self.x
-        self._memory: UniPCMemory | None = None
+        self._generator = torch.Generator()
+        at = self._begin() if parked is None else parked.to(self._device)
+        self._generator.set_state(torch.frombuffer(bytearray(at.generator_state), dtype=torch.uint8))
+        self.cursor, self.x, self._stage_start, self._memory = at.cursor, at.x, at.stage_start, at.memory
+        self._peak = torch.zeros((), device=self._device)  # the largest |x| after any step: NaN and infinity stay
+
+    def park(self) -> ParkedChunk:
+        """What a ChunkState needs to go on from here."""
+        return ParkedChunk(
+            cursor=self.cursor,
+            x=self.x,
+            stage_start=self._stage_start,
+            memory=self._memory,
+            generator_state=self._generator_state(),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the next step's sequences, history included."""
+        per_sequence = len(self._history.tokens) + math.prod(self._grids[self.cursor.stage])
+        return per_sequence if self._uncond is None else 2 * per_sequence
 
     def sequences(self) -> list[TokenSequence]:
         """The sequences of the next step: the conditional one, and the unconditional one under guidance."""
@@ -110,6 +159,7 @@ class ChunkState:
     def advance(self, flows: list[Tensor]) -> None:
         """Moves one step on with the flows of `sequences()`, each [C, T, h, w]; enters the next stage if one ends."""
         self._solve(self._guided(flows))
+        self._peak = torch.maximum(self._peak, torch.linalg.vector_norm(self.x, ord=math.inf, dtype=torch.float32))
         following = self.cursor.next(self.input.params)
         if following.chunk == self.cursor.chunk and following.stage != self.cursor.stage:
             self._enter(following.stage)
@@ -120,19 +170,31 @@ class ChunkState:
         return self.cursor.chunk != self.input.chunk
 
     def output(self) -> ChunkOutput:
-        """The finished chunk."""
+        """The finished chunk; waits for the device.
+
+        Raises: NotFiniteError if x was not finite after some step.
+        """
         assert self.is_finished
-        task = self.input
-        repin = task.params.skip_first_chunk and task.chunk == 1
+        latents = self.x.float()
+        if not math.isfinite(self._peak.item()):
+            raise NotFiniteError(f"the latents of chunk {self.input.chunk} are not finite")
         return ChunkOutput(
-            request_id=task.request_id,
-            chunk=task.chunk,
-            latents=self.x,
-            continuation=Continuation(
-                history=task.continuation.history.after(self.x, repin=repin),
-                generator_state=self._generator.get_state(),
-            ),
+            task_id=self.input.task_id,
+            chunk=self.input.chunk,
+            latents=latents,
+            generator_state=self._generator_state(),
         )
+
+    def _begin(self) -> ParkedChunk:
+        """The chunk before its first step: noise at the coarsest stage."""
+        self._generator.set_state(torch.frombuffer(bytearray(self.input.generator_state), dtype=torch.uint8))
+        noise = torch.randn(1, *self._shape, generator=self._generator)[0]
+        x = shrink_noise(noise, self.input.params.num_stages).to(self._device)
+        cursor = StepCursor(chunk=self.input.chunk)
+        return ParkedChunk(cursor=cursor, x=x, stage_start=x, memory=None, generator_state=self._generator_state())
+
+    def _generator_state(self) -> bytes:
+        return self._generator.get_state().numpy().tobytes()
 
     def _stage(self) -> StageSchedule:
         return self.schedule.stages[self.cursor.stage]

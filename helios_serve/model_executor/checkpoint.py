@@ -115,12 +115,12 @@ def read_config(path: Path) -> CheckpointConfig:
     with _paths_in_errors(path):
         _check_component_classes(index)
         scheduler = read_json(path / SCHEDULER_FILE)
+        _check_scheduler_class(index, scheduler)
         parts = (
             TransformerConfig.from_json(read_json(path / TRANSFORMER_FILE)),
             SchedulerConfig.from_json(scheduler),
             VaeConfig.from_json(read_json(path / VAE_FILE)),
         )
-        _check_scheduler_class(index, scheduler)
         _check_text_encoder(read_json(path / TEXT_ENCODER_FILE), parts[0])
         return CheckpointConfig.from_parts(path, index, *parts)
 
@@ -181,12 +181,15 @@ class _Slot:
 
 def _open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Checkpoint key -> the open, memory-mapped file that holds it."""
-    stored = {}
+    stored: dict[str, Any] = {}
     for path in _weight_files(folder):
         try:
             opened = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(path, error) from error
+        twice = sorted(stored.keys() & set(opened.keys()))
+        if twice:
+            raise CheckpointError(f"{path} holds tensors that another shard holds too: {_name_some(twice)}")
         stored.update(dict.fromkeys(opened.keys(), opened))
     return stored
 
@@ -290,7 +293,7 @@ def _check_component_classes(index: Mapping[str, Any]) -> None:
 
 
 def _check_scheduler_class(index: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
-    listed, found = index["scheduler"][1], scheduler["_class_name"]
+    listed, found = index["scheduler"][1], scheduler.get("_class_name")
     if listed != found:
         raise CheckpointError(
             f"{SCHEDULER_FILE}: _class_name is {found!r}; {MODEL_INDEX_FILE} says {listed}", param="_class_name"
@@ -323,7 +326,7 @@ def _paths_in_errors(path: Path) -> Iterator[None]:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     if path.stat().st_size == 0 or any(hint in str(error) for hint in _CUT_SHORT):
-        return CheckpointError(f"{path} is cut short ({error}); copy or download it again")
+        return CheckpointError(f"{path} is cut short or damaged ({error}); copy or download it again")
     return CheckpointError(f"{path} is not a safetensors file ({error}); pickles and Git LFS pointers are not read")
 
 

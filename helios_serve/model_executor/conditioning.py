@@ -1,4 +1,4 @@
-"""What a request knows before its first chunk: prompt embeddings, starting history, and the state of its generator.
+"""What a request knows before its first chunk: prompt embeddings and its starting history.
 
 Knows the text encoder, the VAE's encoder and the order in which the reference draws random numbers; knows nothing of
 steps or schedules. A request draws from its own CPU generator on every device.
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from helios_serve.model_executor.batch import ChunkInput
 from helios_serve.model_executor.history import (
-    NUM_HISTORY_FRAMES,
-    Continuation,
+    NUM_TRAIL_CHUNKS,
     History,
     empty_history,
     seeded_history,
@@ -30,15 +29,16 @@ from helios_serve.types import (
     VideoRequest,
 )
 
-ENCODE_SLAB_FRAMES = 2
-"""Latent frames that the VAE encodes at a time: exact, and a quarter of the memory of a whole chunk."""
+ENCODE_SLAB_FRAMES = 1
+"""Latent frames that the VAE encodes at a time: as the reference, so that sums keep its order with any number of
+threads, and little memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioning:
     """The encoder's result for one request.
 
-    `prompts` has one embedding per entry of `schedule`; `negative` is set when guidance is used. `continuation` is what
+    `prompts` has one embedding per entry of `schedule`; `negative` is set when guidance is used. `history` is what
     chunk 0 begins from.
     """
 
@@ -46,18 +46,28 @@ class Conditioning:
     schedule: tuple[PromptChange, ...]
     prompts: tuple[PromptEmbedding, ...]
     negative: PromptEmbedding | None
-    continuation: Continuation
+    history: History
 
-    def chunk_input(self, request_id: str, chunk: int, continuation: Continuation) -> ChunkInput:
-        """The input of one chunk, which begins from `continuation`."""
+    def chunk_input(
+        self, task_id: str, request_id: str, chunk: int, history: History, generator_state: bytes
+    ) -> ChunkInput:
+        """The input of one chunk, which sees `history` and begins from `generator_state`."""
         return ChunkInput(
+            task_id=task_id,
             request_id=request_id,
             chunk=chunk,
             params=self.params,
             prompt=embedding_at(chunk, self.schedule, self.prompts),
             negative=self.negative,
-            continuation=continuation,
+            history=history,
+            generator_state=generator_state,
         )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds."""
+        texts = self.prompts if self.negative is None else (*self.prompts, self.negative)
+        first = () if self.history.first is None else (self.history.first,)
+        return (*(text.embeds for text in texts), self.history.frames, *first)
 
 
 def starting_history(request: VideoRequest, vae: WanVAE, generator: torch.Generator) -> History:
@@ -91,7 +101,7 @@ def _video_history(video: Frames, params: SamplingParams, vae: WanVAE, generator
     pixels = _to_pixels(video, vae)
     num_chunks = video.num_frames // FRAMES_PER_CHUNK
     start = video.num_frames - num_chunks * FRAMES_PER_CHUNK
-    num_needed = min(num_chunks, -(-NUM_HISTORY_FRAMES // LATENT_FRAMES_PER_CHUNK))
+    num_needed = min(num_chunks, NUM_TRAIL_CHUNKS)
     first = _encode(vae, pixels[:, :, :1], generator)
     chunks: list[Tensor | None] = []
     for index in range(num_chunks):

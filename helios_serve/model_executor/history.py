@@ -6,6 +6,7 @@ last 19 latent frames (16 long, 2 mid, 1 short) and pins one first frame; tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from helios_serve.types import HISTORY_FRAMES, LATENT_FRAMES_PER_CHUNK
 
 NUM_HISTORY_FRAMES = sum(HISTORY_FRAMES)
+NUM_TRAIL_CHUNKS = -(-NUM_HISTORY_FRAMES // LATENT_FRAMES_PER_CHUNK)
+"""Chunks that the history window reaches back over."""
 LONG_FRAMES, MID_FRAMES, _ = HISTORY_FRAMES
 FIRST_LONG_FRAME = 1
 FIRST_MID_FRAME = FIRST_LONG_FRAME + LONG_FRAMES
@@ -24,20 +27,23 @@ FIRST_CURRENT_FRAME = LAST_HISTORY_FRAME + 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """All that one chunk hands to the next: `frames` [C, 19, h, w] float32, oldest first, and the pinned `first` frame
+    """What one chunk sees of the past: `frames` [C, 19, h, w] float32, oldest first, and the pinned `first` frame
     [C, 1, h, w] float32, or None as long as nothing was generated."""
 
     frames: Tensor
     first: Tensor | None
 
-    def after(self, latents: Tensor, *, repin: bool) -> History:
-        """The history after a chunk: the window slides over `latents` [C, 9, h, w].
+    def followed_by(self, trail: Sequence[Tensor], pinned: Tensor | None) -> History:
+        """The history of a later chunk, rebuilt from the latents of finished ones.
 
-        The first frame of the chunk is pinned if nothing is yet, or if `repin` asks for it.
+        Args:
+            trail: [C, 9, h, w] each, the chunks just before it, oldest first: all of them, or the last three.
+            pinned: [C, 9, h, w], the chunk whose first frame is pinned; None keeps the frame that is.
         """
-        frames = torch.cat((self.frames[:, LATENT_FRAMES_PER_CHUNK:], latents.float()), dim=1)
-        first = latents[:, :1].float().clone() if self.first is None or repin else self.first
-        return History(frames=frames, first=first)
+        device = self.frames.device
+        frames = torch.cat((self.frames, *(latents.to(device).float() for latents in trail)), dim=1)
+        first = self.first if pinned is None else pinned[:, :1].to(device).float().clone()
+        return History(frames=frames[:, -NUM_HISTORY_FRAMES:].contiguous(), first=first)
 
     def windows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Long [C, 16, h, w], mid [C, 2, h, w] and short [C, 2, h, w] = (first, last) frames."""
@@ -62,14 +68,6 @@ def seeded_history(frames: Tensor, first: Tensor) -> History:
     missing = max(0, NUM_HISTORY_FRAMES - frames.shape[1])
     window = F.pad(frames[:, -NUM_HISTORY_FRAMES:], (0, 0, 0, 0, missing, 0))
     return History(frames=window.float(), first=first.float())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Continuation:
-    """What the next chunk of a request begins from: its history, and the state of its CPU generator (uint8)."""
-
-    history: History
-    generator_state: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,9 @@ Knows types and how to word what is wrong. Knows no key, no class and no file sy
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from helios_serve.errors import CheckpointError
 
@@ -55,8 +57,14 @@ class JsonKeys:
 
     def number(self, key: str, default: float) -> float:
         value = self._get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self._mistyped(key, value, "a number")
+        if not _is_finite(value):
+            raise self._mistyped(key, value, "a finite number")
+        return float(value)
+
+    def above_zero(self, key: str, default: float) -> float:
+        value = self._get(key, default)
+        if not _is_finite(value) or value <= 0:
+            raise self._mistyped(key, value, "a finite number above 0")
         return float(value)
 
     def choice(self, key: str, default: str, served: tuple[str, ...]) -> str:
@@ -74,10 +82,8 @@ class JsonKeys:
 
     def numbers(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         value = self._get(key, default)
-        if not isinstance(value, list | tuple) or not all(
-            isinstance(n, int | float) and not isinstance(n, bool) for n in value
-        ):
-            raise self._mistyped(key, value, "a list of numbers")
+        if not isinstance(value, list | tuple) or not all(_is_finite(n) for n in value):
+            raise self._mistyped(key, value, "a list of finite numbers")
         return tuple(float(n) for n in value)
 
     def warn_of_unread(self, ignored: tuple[str, ...] = ()) -> None:
@@ -92,6 +98,11 @@ class JsonKeys:
 
     def _mistyped(self, key: str, value: object, right: str) -> CheckpointError:
         return CheckpointError(f"{self._file}: {key} is {value!r}; it must be {right}", param=key)
+
+
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number that a float can hold; neither NaN nor infinity is, which Python's JSON reader admits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def require(condition: bool, file: str, key: str, value: object, right: str) -> None:

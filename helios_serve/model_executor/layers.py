@@ -183,9 +183,9 @@ class ConditionEmbedder(nn.Module):
         """Timesteps [R] float32 -> their embeddings in the transformer's dtype."""
         waves = sinusoidal_embedding(timesteps, self.freq_dim)
         first, second = self.time_embedder.linear_1, self.time_embedder.linear_2
-        hidden = second(nn.functional.silu(first(waves.to(first.weight.dtype))))
+        hidden = _row_by_row(second, nn.functional.silu(_row_by_row(first, waves.to(first.weight.dtype))))
         hidden = hidden.to(self.time_proj.weight.dtype)
-        modulation = self.time_proj(nn.functional.silu(hidden))
+        modulation = _row_by_row(self.time_proj, nn.functional.silu(hidden))
         return TimeEmbedding(hidden=hidden, modulation=modulation.unflatten(-1, (6, -1)))
 
     def embed_text(self, prompt_embeds: Tensor) -> Tensor:
@@ -198,6 +198,12 @@ class _TwoLinears(nn.Module):
         super().__init__()
         self.linear_1 = nn.Linear(dim_in, dim_out)
         self.linear_2 = nn.Linear(dim_out, dim_out)
+
+
+def _row_by_row(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer that treats each of a few rows [R, D] alone, as the reference does: libraries sum in another order
+    for one row than for several, so that a timestep's embedding would depend on what else is in the pack."""
+    return torch.cat([linear(row) for row in x.split(1)])
 
 
 class OutputNorm(nn.Module):

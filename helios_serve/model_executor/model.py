@@ -1,9 +1,13 @@
-"""A loaded checkpoint: its transformer, VAE and text encoder on their device. Knows checkpoints and placement; knows
-nothing of requests."""
+"""A checkpoint and its modules: transformer, VAE and text encoder, all or only those that a role needs.
+
+Knows checkpoints and placement; knows nothing of requests.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,11 +16,27 @@ from helios_serve.errors import CheckpointError
 from helios_serve.model_executor.batch import SamplingRules
 from helios_serve.model_executor.checkpoint import load_module, read_config, resolve_checkpoint
 from helios_serve.model_executor.model_config import CheckpointConfig
-from helios_serve.model_executor.text_encoder import TextEncoder
 from helios_serve.model_executor.transformer import HeliosTransformer
 from helios_serve.model_executor.vae import WanVAE
 
+if TYPE_CHECKING:
+    from helios_serve.model_executor.text_encoder import TextEncoder
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose configuration was read, and where its modules are to run. `dtype` is not the VAE's."""
+
+    path: Path
+    config: CheckpointConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def rules(self) -> SamplingRules:
+        return SamplingRules(scheduler=self.config.scheduler, guidance=self.config.guidance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,19 +53,57 @@ class HeliosModel:
         return SamplingRules(scheduler=self.config.scheduler, guidance=self.config.guidance)
 
 
-def load_model(config: ModelConfig) -> HeliosModel:
-    """Reads a checkpoint from a directory or the hub.
+def open_checkpoint(config: ModelConfig) -> Checkpoint:
+    """Finds a checkpoint in a directory or on the hub and reads its configuration.
 
     Raises: CheckpointError for whatever keeps it from being served.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise CheckpointError("device cuda: PyTorch sees no CUDA device here; use cpu", param="device")
     path = resolve_checkpoint(config.model)
-    checkpoint = read_config(path)
-    device, dtype = torch.device(config.device), _DTYPES[config.dtype]
+    return Checkpoint(
+        path=path, config=read_config(path), device=torch.device(config.device), dtype=_DTYPES[config.dtype]
+    )
+
+
+def load_transformer(checkpoint: Checkpoint) -> HeliosTransformer:
+    """What the DiT role needs.
+
+    Raises: CheckpointError for weights that do not fit.
+    """
+    config, folder = checkpoint.config.transformer, checkpoint.path / "transformer"
+    return load_module(lambda: HeliosTransformer(config), folder, checkpoint.device, checkpoint.dtype)
+
+
+def load_vae(checkpoint: Checkpoint) -> WanVAE:
+    """What the VAE role needs, and the encoder role beside the text encoder; always float32.
+
+    Raises: CheckpointError for weights that do not fit.
+    """
+    config, folder = checkpoint.config.vae, checkpoint.path / "vae"
+    return load_module(lambda: WanVAE(config), folder, checkpoint.device, torch.float32)
+
+
+def load_text_encoder(checkpoint: Checkpoint) -> TextEncoder:
+    """What the encoder role needs beside the VAE.
+
+    Raises: CheckpointError for weights or a tokenizer that do not fit.
+    """
+    # transformers takes over a second to import, and workers of the other roles start without it.
+    from helios_serve.model_executor.text_encoder import TextEncoder
+
+    return TextEncoder.load(checkpoint.path, checkpoint.device, checkpoint.dtype)
+
+
+def load_model(config: ModelConfig) -> HeliosModel:
+    """Everything, for one process with all roles.
+
+    Raises: CheckpointError for whatever keeps it from being served.
+    """
+    checkpoint = open_checkpoint(config)
     return HeliosModel(
-        config=checkpoint,
-        transformer=load_module(lambda: HeliosTransformer(checkpoint.transformer), path / "transformer", device, dtype),
-        vae=load_module(lambda: WanVAE(checkpoint.vae), path / "vae", device, torch.float32),
-        text_encoder=TextEncoder.load(path, device, dtype),
+        config=checkpoint.config,
+        transformer=load_transformer(checkpoint),
+        vae=load_vae(checkpoint),
+        text_encoder=load_text_encoder(checkpoint),
     )

@@ -22,6 +22,9 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 TEXT_ENCODER_FILE = "text_encoder/config.json"
 MODEL_INDEX_FILE = "model_index.json"
 
+MAX_TRAIN_TIMESTEPS = 100_000
+"""Tables of this length are computed; a hundred times what the official checkpoints have."""
+
 HistoryScaleMode = Literal["per_head", "scalar"]
 Solver = Literal["unipc", "euler", "dmd"]
 TimeShift = Literal["exponential", "linear"]
@@ -78,9 +81,9 @@ class TransformerConfig:
             freq_dim=keys.positive("freq_dim", 256),
             ffn_dim=keys.positive("ffn_dim", 13824),
             num_layers=keys.positive("num_layers", 40),
-            eps=keys.number("eps", 1e-6),
+            eps=keys.above_zero("eps", 1e-6),
             rope_dim=_triple(keys.integers("rope_dim", (44, 42, 42), length=3)),
-            rope_theta=keys.number("rope_theta", 10000.0),
+            rope_theta=keys.above_zero("rope_theta", 10000.0),
             is_amplify_history=keys.flag("is_amplify_history", False),
             history_scale_mode=cast(
                 HistoryScaleMode, keys.choice("history_scale_mode", "per_head", ("per_head", "scalar"))
@@ -158,7 +161,7 @@ class SchedulerConfig:
         shift_type = keys.choice("time_shift_type", "linear" if is_dmd else "exponential", ("exponential", "linear"))
         parsed = cls(
             num_train_timesteps=keys.positive("num_train_timesteps", 1000),
-            shift=keys.number("shift", 1.0),
+            shift=keys.above_zero("shift", 1.0),
             stages=keys.positive("stages", 3),
             stage_range=keys.numbers("stage_range", (0.0, 1 / 3, 2 / 3, 1.0)),
             gamma=keys.number("gamma", 1 / 3),
@@ -177,8 +180,14 @@ class SchedulerConfig:
         return parsed
 
     def _check_values(self) -> None:
+        require(
+            2 <= self.num_train_timesteps <= MAX_TRAIN_TIMESTEPS,
+            SCHEDULER_FILE,
+            "num_train_timesteps",
+            self.num_train_timesteps,
+            f"2 to {MAX_TRAIN_TIMESTEPS} are served",
+        )
         require(self.solver_order in (1, 2), SCHEDULER_FILE, "solver_order", self.solver_order, "1 or 2 is served")
-        require(self.shift > 0, SCHEDULER_FILE, "shift", self.shift, "it must be positive")
         require(0 < self.gamma <= 1 / 3, SCHEDULER_FILE, "gamma", self.gamma, "it must be above 0 and at most 1/3")
         require(
             len(self.stage_range) == self.stages + 1,
@@ -221,8 +230,8 @@ class CheckpointConfig:
     transformer: TransformerConfig
     scheduler: SchedulerConfig
     vae: VaeConfig
-    recommended_sizes: tuple[tuple[int, int], ...]
-    """(width, height) pairs in pixels, the default first."""
+    listed_sizes: tuple[tuple[int, int], ...]
+    """(width, height) pairs in pixels that the checkpoint recommends, the default first."""
 
     @classmethod
     def from_parts(
@@ -246,7 +255,7 @@ class CheckpointConfig:
             transformer=transformer,
             scheduler=scheduler,
             vae=vae,
-            recommended_sizes=_recommended_sizes(model_index),
+            listed_sizes=_listed_sizes(model_index),
         )
         joined._check_variant()
         joined._check_channels()
@@ -262,6 +271,12 @@ class CheckpointConfig:
         """Both sides of a video in pixels are multiples of this."""
         patch = self.vae.scale_factor_spatial * self.transformer.patch_size[1]
         return patch << (self.scheduler.stages - 1)
+
+    @property
+    def recommended_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The listed sizes, rounded up where the number of stages asks for a larger multiple."""
+        step = self.size_multiple
+        return tuple(dict.fromkeys((-(-w // step) * step, -(-h // step) * step) for w, h in self.listed_sizes))
 
     def info(self, name: str, max_pixels: int = 921600) -> ModelInfo:
         """What the API may know of this checkpoint, served as `name` with at most `max_pixels` a frame."""
@@ -313,13 +328,14 @@ class CheckpointConfig:
         )
 
     def _check_sizes(self) -> None:
-        for size in self.recommended_sizes:
+        patch = self.size_multiple >> (self.scheduler.stages - 1)
+        for size in self.listed_sizes:
             require(
-                all(side > 0 and side % self.size_multiple == 0 for side in size),
+                all(side % patch == 0 for side in size),
                 MODEL_INDEX_FILE,
                 "_helios_serve.recommended_sizes",
-                size,
-                f"both sides must be multiples of {self.size_multiple}",
+                list(size),
+                f"both sides must be multiples of {patch}",
             )
 
 
@@ -346,7 +362,7 @@ def _variant(keys: JsonKeys) -> Variant:
     return "base"
 
 
-def _recommended_sizes(model_index: Mapping[str, object]) -> tuple[tuple[int, int], ...]:
+def _listed_sizes(model_index: Mapping[str, object]) -> tuple[tuple[int, int], ...]:
     """Our own optional entry of model_index.json; the reference skips keys that begin with an underscore."""
     ours = model_index.get("_helios_serve", {})
     sizes = ours.get("recommended_sizes", [[640, 384]]) if isinstance(ours, Mapping) else None

@@ -1,107 +1,212 @@
 """The continuous batcher of chunk steps: at each step boundary it packs the current step of all its chunks, whatever
 stage, size or guidance each has, into one forward, and advances every one of them.
 
-Knows chunk states and the transformer; knows nothing of threads, clients or the VAE.
+Knows chunk states and the transformer; knows nothing of threads, ranks, clients or the VAE. One thread uses a runner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from helios_serve.model_executor.batch import ChunkInput, ChunkOutput, ChunkState, SamplingRules
+from helios_serve.faults import NO_FAULTS, FaultPlan
+from helios_serve.model_executor.batch import ChunkInput, ChunkOutput, ChunkState, ParkedChunk, SamplingRules
 from helios_serve.model_executor.byte_cache import ByteCache
-from helios_serve.model_executor.packing import TextKV, TokenSequence, pack, unpack
+from helios_serve.model_executor.memory import clear_cache, retry_out_of_memory
+from helios_serve.model_executor.packing import TextKV, pack, unpack
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding
 from helios_serve.model_executor.transformer import HeliosTransformer
 from helios_serve.types import StepCursor
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
-    """One forward: the chunks it advances, each with its sequences in packing order."""
-
-    chunks: tuple[ChunkState, ...]
-    sequences: tuple[TokenSequence, ...]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step did: the step of each request that took part, the chunks that it finished, and the requests that it
-    could not advance; their chunks are forgotten."""
+    """What a step did; chunks that it finished or failed are forgotten.
+
+    steps: the step of each task that took part. failed: tasks that could not be advanced, and why.
+    pack_sizes: the sequences in each forward that was done; more than one forward after a pack did not fit.
+    max_tokens: the largest forward known to fit, if that was learned in this step.
+    """
 
     steps: tuple[tuple[str, StepCursor], ...]
     finished: tuple[ChunkOutput, ...]
     failed: tuple[tuple[str, Exception], ...]
-    num_sequences: int
+    pack_sizes: tuple[int, ...]
+    max_tokens: int | None
+
+
+@dataclass(slots=True)
+class _StepLog:
+    """A StepResult in the making. fitted, too_large: tokens of forwards that were done, and of packs that ran out of
+    memory."""
+
+    steps: list[tuple[str, StepCursor]] = field(default_factory=list)
+    finished: list[ChunkOutput] = field(default_factory=list)
+    failed: list[tuple[str, Exception]] = field(default_factory=list)
+    pack_sizes: list[int] = field(default_factory=list)
+    fitted: list[int] = field(default_factory=list)
+    too_large: list[int] = field(default_factory=list)
 
 
 class Runner:
-    """Runs chunks of many requests step by step.
+    """Runs chunks of many requests step by step. Chunks are known by their task ids.
 
     Args:
         transformer: ready to run, on its device.
         rules: what the checkpoint decides about sampling.
         text_cache_bytes: limit of the kept text keys and values.
+        faults: visited at `dit.step` for each chunk of a forward, before it, with request_id, chunk, stage, step
+            (counted over the chunk's stages) and num_chunks (in this forward).
     """
 
-    def __init__(self, transformer: HeliosTransformer, rules: SamplingRules, text_cache_bytes: int = 4 << 30) -> None:
-        self._transformer = transformer
-        self._rules = rules
+    def __init__(
+        self,
+        transformer: HeliosTransformer,
+        rules: SamplingRules,
+        text_cache_bytes: int = 4 << 30,
+        faults: FaultPlan = NO_FAULTS,
+    ) -> None:
+        self.transformer = transformer
+        self.rules = rules
+        self._faults = faults
         self._texts = ByteCache[TextKV](text_cache_bytes)
         self._chunks: dict[str, ChunkState] = {}
+        self._max_tokens: int | None = None
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Requests whose chunks take part in the next step."""
+        """Tasks whose chunks take part in the next step."""
         return tuple(self._chunks)
 
     @torch.inference_mode()
-    def join(self, chunk: ChunkInput) -> None:
-        """Takes a chunk in; it takes part from the next step on. One chunk per request at a time."""
-        assert chunk.request_id not in self._chunks
-        cond = self._text_kv(chunk.prompt)
-        uncond = None if chunk.negative is None else self._text_kv(chunk.negative)
-        self._chunks[chunk.request_id] = ChunkState(chunk, self._rules, self._transformer, (cond, uncond))
+    def join(self, chunk: ChunkInput, parked: ParkedChunk | None = None) -> None:
+        """Takes a chunk in, from its beginning or from where it was parked; it takes part from the next step on."""
+        assert chunk.task_id not in self._chunks
+        self._chunks[chunk.task_id] = retry_out_of_memory(lambda: self._make_state(chunk, parked))
 
-    def abort(self, request_id: str) -> None:
-        """Forgets the chunk of a request, if it has one."""
-        self._chunks.pop(request_id, None)
+    def park(self, task_id: str) -> ParkedChunk | None:
+        """Takes a chunk out and returns its progress; None if there is no such chunk."""
+        chunk = self._chunks.pop(task_id, None)
+        return None if chunk is None else chunk.park()
+
+    def abort(self, task_id: str) -> bool:
+        """Forgets a chunk; whether there was one."""
+        return self._chunks.pop(task_id, None) is not None
 
     @torch.inference_mode()
-    def step(self, request_ids: Sequence[str] | None = None) -> StepResult:
-        """Advances the chunks of `request_ids`, or every active one, by one step in one forward."""
-        plan = self._plan_step(self.active if request_ids is None else request_ids)
-        batch, text = pack(plan.sequences, self._transformer.patch)
-        flows = unpack(self._transformer(batch, text), batch, self._transformer.patch)
-        return self._advance(plan, flows)
+    def step(self, task_ids: Sequence[str] | None = None) -> StepResult:
+        """Advances the chunks of `task_ids`, or every active one, by one step: in one forward if it fits."""
+        log = _StepLog()
+        for chunks in self._plan_packs(self.active if task_ids is None else task_ids):
+            self._run_pack(chunks, log)
+        return StepResult(
+            steps=tuple(log.steps),
+            finished=tuple(log.finished),
+            failed=tuple(log.failed),
+            pack_sizes=tuple(log.pack_sizes),
+            max_tokens=self._learn_limit(log),
+        )
 
-    def _plan_step(self, request_ids: Sequence[str]) -> StepPlan:
-        chunks = tuple(self._chunks[request_id] for request_id in request_ids)
-        return StepPlan(chunks=chunks, sequences=tuple(s for chunk in chunks for s in chunk.sequences()))
+    def _make_state(self, chunk: ChunkInput, parked: ParkedChunk | None) -> ChunkState:
+        texts = (self._text_kv(chunk.prompt), None if chunk.negative is None else self._text_kv(chunk.negative))
+        return ChunkState(chunk, self.rules, self.transformer, texts, parked)
 
-    def _advance(self, plan: StepPlan, flows: Sequence[Tensor]) -> StepResult:
-        steps, finished, failed, remaining = [], [], [], list(flows)
-        for chunk in plan.chunks:
-            request_id, cursor = chunk.input.request_id, chunk.cursor
-            count = 1 if chunk.input.negative is None else 2
-            own, remaining = remaining[:count], remaining[count:]
+    def _plan_packs(self, task_ids: Iterable[str]) -> list[list[ChunkState]]:
+        """All chunks in one pack, or in as many as the known limit asks for."""
+        packs: list[list[ChunkState]] = []
+        num_tokens = 0
+        for chunk in (self._chunks[task_id] for task_id in task_ids):
+            num_tokens += chunk.num_tokens
+            if not packs or (self._max_tokens is not None and num_tokens > self._max_tokens):
+                packs.append([])
+                num_tokens = chunk.num_tokens
+            packs[-1].append(chunk)
+        return packs
+
+    def _run_pack(self, chunks: Sequence[ChunkState], log: _StepLog) -> None:
+        """One forward for all. If it fails nobody has moved, and smaller ones follow: only the chunk at fault ends."""
+        try:
+            flows = self._predict(chunks) if len(chunks) > 1 else retry_out_of_memory(lambda: self._predict(chunks))
+        except Exception as error:
+            failure = error
+        else:
+            self._advance(chunks, flows, log)
+            return
+        if len(chunks) == 1:
+            self._fail(chunks[0], failure, log)
+            return
+        size = 1
+        if isinstance(failure, torch.OutOfMemoryError):
+            log.too_large.append(sum(chunk.num_tokens for chunk in chunks))
+            size = (len(chunks) + 1) // 2
+            failure.__traceback__ = None  # its frames hold the tensors of the failed forward
+            clear_cache()
+        for at in range(0, len(chunks), size):
+            self._run_pack(chunks[at : at + size], log)
+
+    def _predict(self, chunks: Sequence[ChunkState]) -> list[list[Tensor]]:
+        """The flows of each chunk's sequences."""
+        spoiled = [self._visit(chunk, len(chunks)) for chunk in chunks]
+        sequences = [chunk.sequences() for chunk in chunks]
+        batch, text = pack([sequence for own in sequences for sequence in own], self.transformer.patch)
+        flows = iter(unpack(self.transformer(batch, text), batch, self.transformer.patch))
+        own_flows = [[next(flows) for _ in own] for own in sequences]
+        return [
+            [torch.full_like(flow, torch.nan) for flow in own] if is_spoiled else own
+            for own, is_spoiled in zip(own_flows, spoiled, strict=True)
+        ]
+
+    def _advance(self, chunks: Sequence[ChunkState], flows: Sequence[list[Tensor]], log: _StepLog) -> None:
+        log.pack_sizes.append(sum(len(own) for own in flows))
+        log.fitted.append(sum(chunk.num_tokens for chunk in chunks))
+        for chunk, own in zip(chunks, flows, strict=True):
+            task_id, cursor = chunk.input.task_id, chunk.cursor
             # The others have moved on or will: one that fails must not stop them, nor be repeated with them.
             try:
                 chunk.advance(own)
-                if chunk.is_finished:
-                    finished.append(chunk.output())
-                    del self._chunks[request_id]
-                steps.append((request_id, cursor))
+                output = chunk.output() if chunk.is_finished else None
             except Exception as error:
-                failed.append((request_id, error))
-                self.abort(request_id)
-        return StepResult(
-            steps=tuple(steps), finished=tuple(finished), failed=tuple(failed), num_sequences=len(plan.sequences)
+                self._fail(chunk, error, log)
+                continue
+            log.steps.append((task_id, cursor))
+            if output is not None:
+                log.finished.append(output)
+                del self._chunks[task_id]
+
+    def _fail(self, chunk: ChunkState, error: Exception, log: _StepLog) -> None:
+        log.failed.append((chunk.input.task_id, error))
+        self.abort(chunk.input.task_id)
+
+    def _learn_limit(self, log: _StepLog) -> int | None:
+        """Remembers the largest forward that fitted, if a larger pack did not."""
+        fitted = [size for size in log.fitted if log.too_large and size < min(log.too_large)]
+        if not fitted:
+            return None
+        self._max_tokens = max(fitted)
+        logger.warning(
+            "a forward of %d tokens ran out of memory; packs have at most %d tokens from now on",
+            min(log.too_large),
+            self._max_tokens,
+        )
+        return self._max_tokens
+
+    def _visit(self, chunk: ChunkState, num_chunks: int) -> bool:
+        """Whether a test wants this chunk's flow to be NaN."""
+        cursor, steps = chunk.cursor, chunk.input.params.steps_in(chunk.input.chunk)
+        return self._faults.at(
+            "dit.step",
+            request_id=chunk.input.request_id,
+            chunk=cursor.chunk,
+            stage=cursor.stage,
+            step=sum(steps[: cursor.stage]) + cursor.step,
+            num_chunks=num_chunks,
         )
 
     def _text_kv(self, prompt: PromptEmbedding) -> TextKV:
-        return self._texts.get(prompt.key, lambda: self._transformer.project_text(prompt.embeds))
+        return self._texts.get(prompt.key, lambda: self.transformer.project_text(prompt.embeds))

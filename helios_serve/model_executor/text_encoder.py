@@ -50,7 +50,7 @@ class TextEncoder:
         """
         umt5 = _umt5_config(path)
         tokenizer = _load_tokenizer(path / "tokenizer")
-        model = load_module(lambda: UMT5EncoderModel(umt5), path / "text_encoder", device, dtype)
+        model = load_module(lambda: _build_umt5(umt5, path), path / "text_encoder", device, dtype)
         return cls(model, tokenizer)
 
     @property
@@ -71,7 +71,8 @@ class TextEncoder:
     def encode(self, prompt: str, max_tokens: int = MAX_TEXT_TOKENS) -> Tensor:
         """The prompt's embedding [max_tokens, text_dim] in the encoder's dtype, exact zeros behind its last token.
 
-        Only the prompt's own tokens are run: padding would be masked out of every attention.
+        Padding is masked out of every attention, so only the prompt's own tokens are run; on a CPU all are, as in the
+        reference, whose sums have the same order then.
         """
         ids = self.token_ids(prompt, max_tokens)
         vocab_size = self._model.config.vocab_size
@@ -79,10 +80,13 @@ class TextEncoder:
             raise CheckpointError(
                 f"tokenizer: made the id {max(ids)}; vocab_size of {TEXT_ENCODER_FILE} is {vocab_size}"
             )
-        batch = torch.tensor([ids], device=self._model.device)
-        hidden: Tensor = self._model(input_ids=batch).last_hidden_state[0].to(self._model.dtype)
-        embeds = hidden.new_zeros((max_tokens, hidden.shape[-1]))
-        embeds[: len(ids)] = hidden
+        device = self._model.device
+        num_run = max_tokens if device.type == "cpu" else len(ids)
+        batch = torch.tensor([ids + [self._model.config.pad_token_id] * (num_run - len(ids))], device=device)
+        mask = torch.arange(num_run, device=device)[None] < len(ids)
+        hidden: Tensor = self._model(input_ids=batch, attention_mask=mask.long()).last_hidden_state[0]
+        embeds = hidden.new_zeros((max_tokens, hidden.shape[-1]), dtype=self._model.dtype)
+        embeds[: len(ids)] = hidden[: len(ids)]
         return embeds
 
 
@@ -92,6 +96,15 @@ def _umt5_config(path: Path) -> UMT5Config:
         return UMT5Config.from_dict(read_json(file))
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is not a UMT5 configuration: {error}") from error
+
+
+def _build_umt5(config: UMT5Config, path: Path) -> UMT5EncoderModel:
+    try:
+        return UMT5EncoderModel(config)
+    except KeyError as error:  # an activation that transformers does not have
+        raise CheckpointError(
+            f"{path / TEXT_ENCODER_FILE}: feed_forward_proj is {config.feed_forward_proj!r}; 'gated-gelu' is served"
+        ) from error
 
 
 def _load_tokenizer(folder: Path) -> T5Tokenizer:

@@ -129,8 +129,10 @@ class HeliosTransformer(nn.Module):
         """Patch tokens of a history window [C, T, h, w], replicate-padded at its ends to whole patches."""
         kernel = (factor * self.patch[0], factor * self.patch[1], factor * self.patch[2])
         pad = [size for length, p in zip(window.shape[:0:-1], kernel[::-1], strict=True) for size in (0, -length % p)]
-        padded = F.pad(window[None], pad, mode="replicate")[0]
-        return _project_patches(projection, patchify(padded, kernel))
+        padded = F.pad(window[None], pad, mode="replicate")
+        if padded.device.type == "cpu":  # oneDNN sums a long kernel in another order than a matrix product
+            return projection(padded)[0].flatten(1).T
+        return _project_patches(projection, patchify(padded[0], kernel))
 
 
 def _project_patches(projection: nn.Conv3d, patches: Tensor) -> Tensor:

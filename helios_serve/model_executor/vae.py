@@ -144,9 +144,11 @@ class WanVAE(nn.Module):
         num_frames, height, width = frames.shape[2:]
         assert num_frames % ratio == 1 % ratio, f"{num_frames} frames: must be 1 + {ratio}k"
         assert height % cell == width % cell == 0, f"{width}x{height}: sides must be multiples of {cell}"
+        # A rounding here goes through all chunks of a video, and guidance multiplies it each time.
+        exact = frames.device.type == "cpu" and frames.dtype == torch.float32
         encoded = [
             self.encoder(frames[:, :, max(0, 1 + ratio * (start - 1)) : 1 + ratio * (end - 1)], slab)
-            for start, end, slab in _slabs(1 + (num_frames - 1) // ratio, slab_frames)
+            for start, end, slab in _slabs(1 + (num_frames - 1) // ratio, slab_frames, keeps_sum_order=exact)
         ]
         mean, logvar = self.quant_conv(torch.cat(encoded, dim=2)).chunk(2, dim=1)
         return mean, logvar
@@ -161,7 +163,7 @@ class WanVAE(nn.Module):
         Returns: [B, 3, 1 + 4(T - 1), 8H, 8W], clamped to [-1, 1] (4 and 8: the config's scale factors).
         """
         x = self.post_quant_conv(latents)
-        slabs = _slabs(latents.shape[2], slab_frames)
+        slabs = _slabs(latents.shape[2], slab_frames, keeps_sum_order=False)
         return torch.cat([self.decoder(x[:, :, start:end], slab).clamp(-1, 1) for start, end, slab in slabs], dim=2)
 
     def normalize(self, latents: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, slab)
         x = self.mid_block(x, slab)
-        out: Tensor = self.conv_out(self.norm_out(x), slab)
+        out: Tensor = self.conv_out(self.norm_out(x, slab), slab)
         return out
 
 
@@ -235,17 +237,23 @@ class Decoder(nn.Module):
         x = self.mid_block(x, slab)
         for block in self.up_blocks:
             x = block(x, slab)
-        out: Tensor = self.conv_out(self.norm_out(x), slab)
+        out: Tensor = self.conv_out(self.norm_out(x, slab), slab)
         return out
 
 
-def _slabs(num_latent_frames: int, slab_frames: int | None) -> Iterator[tuple[int, int, Slab]]:
+def _slabs(
+    num_latent_frames: int, slab_frames: int | None, *, keeps_sum_order: bool
+) -> Iterator[tuple[int, int, Slab]]:
     """First and end latent frame of each slab of a clip, with the slab."""
     assert slab_frames is None or slab_frames > 0, f"slab_frames {slab_frames}: must be positive or None"
     starts = [0] if slab_frames is None else [0, *range(1, num_latent_frames, slab_frames)]
     tails: dict[nn.Module, Tensor] = {}
     for start, end in pairwise([*starts, num_latent_frames]):
-        yield start, end, Slab(is_first=start == 0, is_last=end == num_latent_frames, tails=tails)
+        yield (
+            start,
+            end,
+            Slab(is_first=start == 0, is_last=end == num_latent_frames, keeps_sum_order=keeps_sum_order, tails=tails),
+        )
 
 
 def _list(config: Mapping[str, object], key: str, default: tuple[_T, ...], kind: type[_T]) -> tuple[_T, ...]:

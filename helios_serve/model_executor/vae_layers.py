@@ -23,11 +23,13 @@ class Slab:
     """Consecutive frames of one clip on their way through the network, and what they take over from earlier slabs.
 
     `tails` belongs to the clip: the last input frames of each temporal convolution, copied so that they do not keep
-    the slab's activations alive. It is empty before the first slab and after the last one.
+    the slab's activations alive. It is empty before the first slab and after the last one. With `keeps_sum_order`
+    norms and convolutions add up in the order of the reference, equal to the last bit and slower.
     """
 
     is_first: bool
     is_last: bool
+    keeps_sum_order: bool
     tails: dict[nn.Module, Tensor]
 
     def take(self, conv: nn.Module) -> Tensor | None:
@@ -53,8 +55,10 @@ class CausalConv3d(nn.Conv3d):
             left = x.new_zeros(()).expand(x.shape[0], x.shape[1], 2, *x.shape[3:])
         x = torch.cat((left, x), dim=2)
         slab.leave(self, x, 2)
-        kh, kw = self.kernel_size[1:]
-        return conv3d(x, self.weight, self.bias, (0, kh // 2, kw // 2))
+        padding = (0, self.kernel_size[1] // 2, self.kernel_size[2] // 2)
+        if slab.keeps_sum_order:
+            return F.conv3d(x, self.weight, self.bias, padding=padding)
+        return conv3d(x, self.weight, self.bias, padding)
 
 
 class Norm(nn.Module):
@@ -64,8 +68,8 @@ class Norm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return vae_rms_norm(x, self.gamma)
+    def forward(self, x: Tensor, slab: Slab) -> Tensor:
+        return _normed(x, self.gamma) if slab.keeps_sum_order else vae_rms_norm(x, self.gamma)
 
 
 class NormSilu(nn.Module):
@@ -75,8 +79,8 @@ class NormSilu(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, 1, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm_silu(x, self.gamma)
+    def forward(self, x: Tensor, slab: Slab) -> Tensor:
+        return F.silu(_normed(x, self.gamma)) if slab.keeps_sum_order else rms_norm_silu(x, self.gamma)
 
 
 class ResidualBlock(nn.Module):
@@ -91,8 +95,8 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if in_dim == out_dim else nn.Conv3d(in_dim, out_dim, 1)
 
     def forward(self, x: Tensor, slab: Slab) -> Tensor:
-        y = self.conv1(self.norm1(x), slab)
-        y = self.conv2(self.norm2(y), slab)
+        y = self.conv1(self.norm1(x, slab), slab)
+        y = self.conv2(self.norm2(y, slab), slab)
         out: Tensor = y + self.conv_shortcut(x)
         return out
 
@@ -106,9 +110,10 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slab: Slab) -> Tensor:
         frames = _as_frames(x)
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # (B*T, H*W, 3C)
+        # contiguous: fused attention wants the channels of a position side by side
+        qkv = self.to_qkv(self.norm(frames, slab)).flatten(2).transpose(1, 2).contiguous()  # (B*T, H*W, 3C)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return x + _as_clip(self.proj(attended.transpose(1, 2).reshape(frames.shape)), x.shape[0])
@@ -124,7 +129,7 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, slab: Slab) -> Tensor:
         x = self.resnets[0](x, slab)
-        x = self.attentions[0](x)
+        x = self.attentions[0](x, slab)
         out: Tensor = self.resnets[1](x, slab)
         return out
 
@@ -195,6 +200,11 @@ class UpBlock(nn.Module):
         for block in (*self.resnets, *self.upsamplers):
             x = block(x, slab)
         return x
+
+
+def _normed(x: Tensor, gamma: Tensor) -> Tensor:
+    """`vae_rms_norm` by the reference's operations, one by one."""
+    return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma
 
 
 def _as_frames(x: Tensor) -> Tensor:

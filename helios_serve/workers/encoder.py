@@ -7,16 +7,28 @@ a worker.
 from __future__ import annotations
 
 import hashlib
+import time
+from dataclasses import dataclass
 
 import torch
 
+from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.model_executor.byte_cache import ByteCache
 from helios_serve.model_executor.conditioning import Conditioning, starting_history
-from helios_serve.model_executor.history import Continuation
+from helios_serve.model_executor.memory import retry_out_of_memory
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding
 from helios_serve.model_executor.text_encoder import TextEncoder, clean_prompt
 from helios_serve.model_executor.vae import WanVAE
-from helios_serve.types import VideoRequest
+from helios_serve.types import Phase, VideoRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeResult:
+    """A request's conditioning, the state of its generator before chunk 0, and how long what took."""
+
+    conditioning: Conditioning
+    generator_state: bytes
+    phases: tuple[Phase, ...]
 
 
 class EncoderWorker:
@@ -24,30 +36,62 @@ class EncoderWorker:
 
     Args:
         cache_bytes: limit of the kept embeddings (4 MiB each at 512 x 4096 bfloat16).
+        faults: visited at `text.encode`, once for each request, with request_id and prompt (the first one).
     """
 
-    def __init__(self, text_encoder: TextEncoder, vae: WanVAE, cache_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, text_encoder: TextEncoder, vae: WanVAE, cache_bytes: int = 1 << 30, faults: FaultPlan = NO_FAULTS
+    ) -> None:
         self._text_encoder = text_encoder
         self._vae = vae
+        self._faults = faults
         self._embeddings = ByteCache[PromptEmbedding](cache_bytes)
+        self._device = next(vae.parameters()).device
 
     @torch.inference_mode()
-    def encode(self, request: VideoRequest) -> Conditioning:
-        """All that the DiT needs to know of a request; draws from the request's generator in the reference's order."""
+    def encode(self, request: VideoRequest) -> EncodeResult:
+        """All that the DiT needs to know of a request; draws from the request's generator in the reference's order.
+
+        The result is ready on every stream of its device.
+        """
+        return retry_out_of_memory(lambda: self._encode(request))
+
+    def _encode(self, request: VideoRequest) -> EncodeResult:
+        started_s = time.time()
         generator = torch.Generator()
         generator.manual_seed(request.params.seed)
+        is_spoiled = self._faults.at("text.encode", request_id=request.request_id, prompt=request.prompts[0].prompt)
         prompts = tuple(self._embed(change.prompt) for change in request.prompts)
+        if is_spoiled:
+            prompts = tuple(_spoiled(prompt) for prompt in prompts)
         negative = self._embed(request.negative_prompt) if request.params.uses_guidance else None
+        self._wait_for_device()
+        embedded_s = time.time()
         history = starting_history(request, self._vae, generator)
-        return Conditioning(
-            params=request.params,
-            schedule=request.prompts,
-            prompts=prompts,
-            negative=negative,
-            continuation=Continuation(history=history, generator_state=generator.get_state()),
+        self._wait_for_device()
+        phases = [Phase(name="text_encode", started_s=started_s, ended_s=embedded_s)]
+        if request.image is not None:
+            phases.append(Phase(name="image_encode", started_s=embedded_s, ended_s=time.time()))
+        elif request.video is not None:
+            phases.append(Phase(name="video_encode", started_s=embedded_s, ended_s=time.time()))
+        conditioning = Conditioning(
+            params=request.params, schedule=request.prompts, prompts=prompts, negative=negative, history=history
+        )
+        return EncodeResult(
+            conditioning=conditioning,
+            generator_state=generator.get_state().numpy().tobytes(),
+            phases=tuple(phases),
         )
 
     def _embed(self, prompt: str) -> PromptEmbedding:
         cleaned = clean_prompt(prompt)
         key = hashlib.sha256(cleaned.encode()).hexdigest()
         return self._embeddings.get(key, lambda: PromptEmbedding(key=key, embeds=self._text_encoder.encode(prompt)))
+
+    def _wait_for_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+def _spoiled(prompt: PromptEmbedding) -> PromptEmbedding:
+    return PromptEmbedding(key=f"NaN for {prompt.key}", embeds=torch.full_like(prompt.embeds, torch.nan))

@@ -1,213 +1,322 @@
 """All roles in one process, one thread per role: the default executor.
 
 The DiT thread runs the continuous batcher; the encoder and the VAE work beside it, so that decoding chunk k overlaps
-with denoising chunk k + 1. References are keys of a table in memory. Knows nothing of clients or scheduling.
+with denoising chunk k + 1, and encoding a segment with decoding the next. References are keys of a table in memory.
+Knows nothing of clients or scheduling. Nothing in this process can mend a role that is stuck or broken: then it ends,
+and whoever supervises it starts it again.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
-from helios_serve.errors import HeliosError
+from helios_serve.faults import NO_FAULTS, FaultPlan
+from helios_serve.model_executor.batch import ParkedChunk
 from helios_serve.model_executor.conditioning import Conditioning
-from helios_serve.model_executor.history import Continuation
-from helios_serve.model_executor.runner import Runner, StepResult
+from helios_serve.model_executor.runner import Runner
 from helios_serve.types import (
+    Beat,
     ChunkTask,
-    Decoded,
     DecodeTask,
     Encoded,
+    EncodeTask,
     ExecutorEvent,
-    StepDone,
+    GroupLost,
+    GroupUp,
+    Parked,
+    Role,
+    RoleTask,
+    Signal,
     TaskDone,
-    TaskFailed,
     TensorRef,
-    VideoRequest,
 )
+from helios_serve.workers.dit import Answer, ChunkInputs, ChunkResult, DitWorker, ParkedResult
 from helios_serve.workers.encoder import EncoderWorker
-from helios_serve.workers.vae import VaeWorker
+from helios_serve.workers.failure import task_failed
+from helios_serve.workers.role_queue import DueGate, RoleQueue
+from helios_serve.workers.vae import Pictures, VaeWorker
 
 logger = logging.getLogger(__name__)
 
-Held = Conditioning | Continuation | torch.Tensor
-"""What a reference stands for."""
+Group = Literal["encoder-0", "dit-0", "vae-0"]
+ENCODER: Group = "encoder-0"
+DIT: Group = "dit-0"
+VAE: Group = "vae-0"
+
+EXIT_STATUS = 75
+"""EX_TEMPFAIL: start me again."""
+
+_ROLES: dict[Group, Role] = {ENCODER: "encoder", DIT: "dit", VAE: "vae"}
+_INCARNATION = 0
+
+V = TypeVar("V")
 
 
 class TensorTable:
-    """The tensors that references stand for, by request. Any thread may use it."""
+    """What references stand for, until they are dropped. Any thread may use it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[str, dict[str, Held]] = {}
+        self._held: dict[str, object] = {}
 
-    def open(self, request_id: str) -> None:
+    def put(self, key: str, value: object, tensors: Sequence[Tensor]) -> TensorRef:
+        """Keeps a value, which is made of `tensors`."""
         with self._lock:
-            self._held[request_id] = {}
+            assert key not in self._held
+            self._held[key] = value
+        return TensorRef(key=key, num_bytes=sum(tensor.nbytes for tensor in tensors))
 
-    def put(self, request_id: str, key: str, value: Held) -> TensorRef:
-        """Keeps a value until the request closes; a closed request keeps nothing."""
+    def get(self, ref: TensorRef, kind: type[V]) -> V:
+        """Raises: KeyError when the reference was dropped."""
         with self._lock:
-            if request_id in self._held:
-                self._held[request_id][key] = value
-        return TensorRef(key=key)
+            value = self._held[ref.key]
+        assert isinstance(value, kind)
+        return value
 
-    def get(self, request_id: str, ref: TensorRef) -> Held | None:
-        """The value, or None if the request was closed meanwhile."""
+    def drop(self, refs: Sequence[TensorRef]) -> None:
         with self._lock:
-            return self._held.get(request_id, {}).get(ref.key)
+            for ref in refs:
+                self._held.pop(ref.key, None)
 
-    def pop(self, request_id: str, ref: TensorRef) -> Held | None:
+    def clear(self) -> None:
         with self._lock:
-            return self._held.get(request_id, {}).pop(ref.key, None)
+            self._held.clear()
 
-    def close(self, request_id: str) -> None:
+    @property
+    def keys(self) -> tuple[str, ...]:
         with self._lock:
-            self._held.pop(request_id, None)
+            return tuple(self._held)
 
-    def is_open(self, request_id: str) -> bool:
-        with self._lock:
-            return request_id in self._held
+
+class _Member(Protocol):
+    """What a beat is made of."""
+
+    @property
+    def progress(self) -> int: ...
+
+    @property
+    def task_ids(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSettings:
+    """beat_s: between beats. exit_process: ends the process with a status. faults: visited at `beat`, with group."""
+
+    beat_s: float = 0.5
+    exit_process: Callable[[int], object] = os._exit
+    faults: FaultPlan = NO_FAULTS
 
 
 class LocalExecutor:
-    """Runs an encoder, one DiT group of one rank, and a VAE worker in threads of this process."""
+    """An encoder, one DiT group of one rank, and a VAE worker in threads of this process."""
 
-    def __init__(self, encoder: EncoderWorker, runner: Runner, vae: VaeWorker) -> None:
+    def __init__(
+        self, encoder: EncoderWorker, runner: Runner, vae: VaeWorker, settings: LocalSettings | None = None
+    ) -> None:
         self._encoder = encoder
-        self._runner = runner
         self._vae = vae
+        self._settings = LocalSettings() if settings is None else settings
+        self._device = runner.transformer.device
         self._table = TensorTable()
-        self._joining: queue.SimpleQueue[ChunkTask | None] = queue.SimpleQueue()
-        self._encoder_thread = ThreadPoolExecutor(1, thread_name_prefix="helios-encoder")
-        self._vae_thread = ThreadPoolExecutor(1, thread_name_prefix="helios-vae")
-        self._dit_thread = threading.Thread(target=self._run_steps, name="helios-dit", daemon=True)
-        self._emit: Callable[[ExecutorEvent], None] = lambda _: None
+        self._gate = DueGate()
+        self._dit = DitWorker(DIT, runner, self._hand_on, before_step=self._gate.wait)
+        self._encodes: RoleQueue[EncodeTask] = RoleQueue()
+        self._decodes: RoleQueue[tuple[DecodeTask, Tensor]] = RoleQueue()
+        self._muxes: queue.SimpleQueue[tuple[DecodeTask, Pictures] | None] = queue.SimpleQueue()
+        self._up: list[Group] = []
+        self._closing = threading.Event()
+        self._listener: Callable[[ExecutorEvent], None] = lambda _: None
+        self._threads = [
+            self._thread("encoder", ENCODER, self._run_encoder),
+            self._thread("dit", DIT, self._run_dit),
+            self._thread("vae", VAE, self._run_vae),
+            self._thread("mux", VAE, self._run_mux),
+            self._thread("beat", DIT, self._run_beat),
+        ]
 
     def start(self, emit: Callable[[ExecutorEvent], None]) -> None:
-        self._emit = emit
-        self._dit_thread.start()
+        self._listener = emit
+        for thread in self._threads:
+            thread.start()
 
-    def encode(self, request: VideoRequest) -> None:
-        self._table.open(request.request_id)
-        self._encoder_thread.submit(self._guard, request.request_id, lambda: self._encode(request))
+    def submit(self, group: str, tasks: Sequence[RoleTask]) -> None:
+        for task in tasks:
+            try:
+                self._submit(group, task)
+            except KeyError as error:
+                self._emit(task_failed(task.task_id, RuntimeError(f"the reference {error} was dropped")))
 
-    def submit(self, task: ChunkTask) -> None:
-        self._joining.put(task)
+    def signal(self, group: str, task_id: str, op: Signal) -> None:
+        assert group == DIT
+        self._dit.signal(task_id, op)
 
-    def decode(self, task: DecodeTask) -> None:
-        self._vae_thread.submit(self._guard, task.request_id, lambda: self._decode(task))
+    def condemn(self, group: str, why: str) -> None:
+        """Ends the process: threads cannot be killed."""
+        self._lose(group, f"condemned: {why}")
 
-    def release(self, request_id: str) -> None:
-        self._table.close(request_id)
+    def drop(self, refs: Sequence[TensorRef]) -> None:
+        self._table.drop(refs)
 
-    def close(self) -> None:
-        self._joining.put(None)
-        for pool in (self._encoder_thread, self._vae_thread):
-            pool.shutdown(wait=True, cancel_futures=True)
-        if self._dit_thread.is_alive():
-            self._dit_thread.join()
+    def close(self, drain_s: float) -> None:
+        self._closing.set()
+        self._dit.close()
+        self._encodes.close()
+        self._decodes.close()
+        self._muxes.put(None)
+        self._gate.open()
+        deadline = time.monotonic() + drain_s
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                logger.warning("%s still works after %.1f s", thread.name, drain_s)
+        self._table.clear()
 
-    def _encode(self, request: VideoRequest) -> None:
-        if not self._table.is_open(request.request_id):
-            return
-        conditioning = self._encoder.encode(request)
+    def _submit(self, group: str, task: RoleTask) -> None:
+        if isinstance(task, EncodeTask):
+            assert group == ENCODER
+            self._encodes.put(task.task_id, task)
+        elif isinstance(task, DecodeTask):
+            assert group == VAE
+            latents = self._table.get(task.latents, Tensor)
+            if task.is_due:
+                self._gate.add(task.task_id)
+            self._decodes.put(task.task_id, (task, latents), is_due=task.is_due)
+        else:
+            assert group == DIT
+            self._dit.submit(task, self._inputs(task))
+
+    def _inputs(self, task: ChunkTask) -> ChunkInputs:
+        return ChunkInputs(
+            conditioning=self._table.get(task.conditioning, Conditioning),
+            trail=tuple(self._table.get(ref, Tensor) for ref in task.trail),
+            first=None if task.first is None else self._table.get(task.first, Tensor),
+            parked=None if task.parked is None else self._table.get(task.parked, ParkedChunk),
+        )
+
+    def _run_encoder(self) -> None:
+        self._say_up(ENCODER)
+        while (task := self._encodes.take()) is not None:
+            self._guard(task.task_id, lambda task=task: self._encode(task))  # type: ignore[misc]
+            self._encodes.done(task.task_id)
+
+    def _encode(self, task: EncodeTask) -> None:
+        result = self._encoder.encode(task.request)
+        conditioning = result.conditioning
+        ref = self._table.put(f"{task.task_id}:conditioning", conditioning, conditioning.tensors())
         self._emit(
             Encoded(
-                request_id=request.request_id,
-                conditioning=self._table.put(request.request_id, "conditioning", conditioning),
-                continuation=self._table.put(request.request_id, "continuation", conditioning.continuation),
+                task_id=task.task_id,
+                conditioning=ref,
+                generator_state=result.generator_state,
+                phases=result.phases,
             )
         )
 
-    def _decode(self, task: DecodeTask) -> None:
-        latents = self._table.pop(task.request_id, task.latents)
-        if latents is None:
-            return
-        assert isinstance(latents, torch.Tensor)
-        pixels = self._vae.decode(latents)
-        self._emit(Decoded(segment=self._vae.encode_segment(pixels, task.request_id, task.chunk, task.params)))
+    def _run_dit(self) -> None:
+        golden = self._dit.golden()
+        self._say_up(DIT, golden)
+        self._dit.run()
 
-    def _run_steps(self) -> None:
-        """The DiT thread: take in what joined, drop what was released, step, hand out finished chunks."""
-        while self._take_joining():
-            for request_id in self._runner.active:
-                if not self._table.is_open(request_id):
-                    self._runner.abort(request_id)
-            if self._runner.active:
-                self._step(self._runner.active)
-
-    def _step(self, request_ids: tuple[str, ...]) -> None:
-        """One forward for all; if it fails, nobody has moved, and each gets its own: only the one at fault ends."""
-        started = time.perf_counter()
-        try:
-            result = self._runner.step(request_ids)
-        except Exception as error:
-            if len(request_ids) > 1:
-                for request_id in request_ids:
-                    self._step((request_id,))
-                return
-            self._runner.abort(request_ids[0])
-            self._fail(request_ids[0], error)
-            return
-        self._hand_out(result, 1000 * (time.perf_counter() - started))
-
-    def _take_joining(self) -> bool:
-        """Joins waiting chunks; blocks while nothing runs. False when the executor closes."""
-        while True:
-            try:
-                task = self._joining.get(block=not self._runner.active)
-            except queue.Empty:
-                return True
-            if task is None:
-                return False
-            self._guard(task.request_id, lambda task=task: self._join(task))  # type: ignore[misc]
-
-    def _join(self, task: ChunkTask) -> None:
-        conditioning = self._table.get(task.request_id, task.conditioning)
-        continuation = self._table.get(task.request_id, task.continuation)
-        if conditioning is None or continuation is None:
-            return
-        assert isinstance(conditioning, Conditioning)
-        assert isinstance(continuation, Continuation)
-        self._runner.join(conditioning.chunk_input(task.request_id, task.chunk, continuation))
-
-    def _hand_out(self, result: StepResult, device_ms: float) -> None:
-        self._emit(StepDone(steps=result.steps, num_sequences=result.num_sequences, device_ms=device_ms))
-        for request_id, error in result.failed:
-            self._fail(request_id, error)
-        for chunk in result.finished:
-            request_id = chunk.request_id
+    def _hand_on(self, answer: Answer) -> None:
+        """Puts the tensors of an answer into the table; the engine gets references."""
+        if isinstance(answer, ChunkResult):
+            ref = self._table.put(f"{answer.task_id}:latents", answer.latents, (answer.latents,))
             self._emit(
                 TaskDone(
-                    request_id=request_id,
-                    chunk=chunk.chunk,
-                    latents=self._table.put(request_id, f"latents-{chunk.chunk}", chunk.latents),
-                    continuation=self._table.put(request_id, "continuation", chunk.continuation),
+                    task_id=answer.task_id,
+                    latents=ref,
+                    generator_state=answer.generator_state,
+                    phase=answer.phase,
                 )
             )
+        elif isinstance(answer, ParkedResult):
+            ref = self._table.put(f"{answer.task_id}:parked", answer.state, answer.state.tensors())
+            self._emit(Parked(task_id=answer.task_id, state=ref))
+        else:
+            self._emit(answer)
 
-    def _guard(self, request_id: str, work: Callable[[], None]) -> None:
-        """Runs one request's work; whatever it raises ends that request alone."""
+    def _run_vae(self) -> None:
+        self._say_up(VAE)
+        while (taken := self._decodes.take()) is not None:
+            task, latents = taken
+            if not self._guard(task.task_id, lambda task=task, latents=latents: self._decode(task, latents)):  # type: ignore[misc]
+                self._decodes.done(task.task_id)
+
+    def _decode(self, task: DecodeTask, latents: Tensor) -> None:
+        try:
+            pictures = self._vae.decode_pictures(task, latents)
+        finally:
+            self._gate.remove(task.task_id)
+        self._muxes.put((task, pictures))
+
+    def _run_mux(self) -> None:
+        while (taken := self._muxes.get()) is not None:
+            task, pictures = taken
+            self._guard(task.task_id, lambda task=task, pictures=pictures: self._mux(task, pictures))  # type: ignore[misc]
+            self._decodes.done(task.task_id)
+
+    def _mux(self, task: DecodeTask, pictures: Pictures) -> None:
+        self._emit(self._vae.encode_pictures(task, pictures))
+
+    def _run_beat(self) -> None:
+        while not self._closing.wait(self._settings.beat_s):
+            for group in tuple(self._up):
+                self._settings.faults.at("beat", group=group)
+                self._emit(self._beat(group))
+
+    def _beat(self, group: Group) -> Beat:
+        members: dict[Group, _Member] = {ENCODER: self._encodes, DIT: self._dit, VAE: self._decodes}
+        progress, task_ids = members[group].progress, members[group].task_ids
+        return Beat(group=group, incarnation=_INCARNATION, progress=progress, task_ids=task_ids)
+
+    def _say_up(self, group: Group, golden: str | None = None) -> None:
+        role = _ROLES[group]
+        self._emit(GroupUp(group=group, role=role, num_ranks=1, incarnation=_INCARNATION, golden=golden))
+        self._up.append(group)
+
+    def _guard(self, task_id: str, work: Callable[[], None]) -> bool:
+        """Runs one task's work; whatever it raises ends that task alone. Whether it went well."""
         try:
             work()
         except Exception as error:
-            self._fail(request_id, error)
+            self._emit(task_failed(task_id, error))
+            return False
+        return True
 
-    def _fail(self, request_id: str, error: Exception) -> None:
-        if not isinstance(error, HeliosError):
-            logger.error("request %s failed", request_id, exc_info=error)
-        self._emit(_failure(request_id, error))
+    def _thread(self, name: str, group: Group, body: Callable[[], None]) -> threading.Thread:
+        return threading.Thread(target=self._run_role, args=(group, body), name=f"helios-{name}", daemon=True)
+
+    def _run_role(self, group: Group, body: Callable[[], None]) -> None:
+        try:
+            with _own_stream(self._device):
+                body()
+        except Exception as error:
+            logger.critical("%s ended", threading.current_thread().name, exc_info=error)
+            if not self._closing.is_set():
+                self._lose(group, f"{type(error).__name__}: {error}")
+
+    def _lose(self, group: str, why: str) -> None:
+        logger.critical("group %s is lost: %s", group, why)
+        self._emit(GroupLost(group=group, incarnation=_INCARNATION, why=why))
+        self._settings.exit_process(EXIT_STATUS)
+
+    def _emit(self, event: ExecutorEvent) -> None:
+        if not self._closing.is_set():
+            self._listener(event)
 
 
-def _failure(request_id: str, error: Exception) -> TaskFailed:
-    if isinstance(error, HeliosError):
-        return TaskFailed(request_id=request_id, code=error.code, message=error.message)
-    message = f"generation failed: {type(error).__name__}: {error}"
-    return TaskFailed(request_id=request_id, code="generation_failed", message=message)
+def _own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """The calling thread's own stream on a GPU, so that roles do not wait for each other there."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()

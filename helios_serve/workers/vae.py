@@ -1,25 +1,76 @@
 """The VAE role: the latents of a chunk become pixels, and pixels become the chunk's segment.
 
-Knows the VAE's decoder and the segment encoder; keeps nothing between chunks. One thread uses a worker.
+Knows the VAE's decoder and the segment encoder; keeps nothing between chunks. One thread decodes; another may encode
+what was decoded before.
 """
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.kernels import rgb_to_yuv420
+from helios_serve.model_executor.digest import latents_digest
+from helios_serve.model_executor.memory import retry_out_of_memory
 from helios_serve.model_executor.vae import WanVAE
-from helios_serve.types import FRAMES_PER_CHUNK, SamplingParams, Segment
+from helios_serve.types import FRAMES_PER_CHUNK, Decoded, DecodeTask, Phase, SamplingParams, Segment
 from helios_serve.workers.segment import SegmentSpec, encode_segment
 
 
-class VaeWorker:
-    """Decodes chunks on their own, each with an empty temporal cache."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pictures:
+    """A decoded chunk off the device, cut to the frames that belong to the video.
 
-    def __init__(self, vae: WanVAE) -> None:
+    yuv: [F, H * 3/2, W] uint8. latents: [C, 9, h, w] float32, what they were decoded from.
+    """
+
+    yuv: npt.NDArray[np.uint8]
+    latents: Tensor
+    phase: Phase
+
+
+class VaeWorker:
+    """Decodes chunks on their own, each with an empty temporal cache.
+
+    Args:
+        faults: visited at `vae.decode` with request_id and chunk.
+    """
+
+    def __init__(self, vae: WanVAE, faults: FaultPlan = NO_FAULTS) -> None:
         self._vae = vae
+        self._faults = faults
         self._weight = next(vae.parameters())
+
+    def run(self, task: DecodeTask, latents: Tensor) -> Decoded:
+        """Both halves of a task, one after the other."""
+        return self.encode_pictures(task, self.decode_pictures(task, latents))
+
+    @torch.inference_mode()
+    def decode_pictures(self, task: DecodeTask, latents: Tensor) -> Pictures:
+        """The half that needs the device: latents [C, 9, h, w] -> YUV pictures in host memory."""
+        return retry_out_of_memory(lambda: self._decode_pictures(task, latents))
+
+    def _decode_pictures(self, task: DecodeTask, latents: Tensor) -> Pictures:
+        started_s = time.time()
+        self._faults.at("vae.decode", request_id=task.request_id, chunk=task.chunk)
+        yuv = _to_yuv(self.decode(latents), task.chunk, task.params)
+        host = latents.float().cpu()
+        phase = Phase(name="decode", started_s=started_s, ended_s=time.time())
+        return Pictures(yuv=yuv, latents=host, phase=phase)
+
+    def encode_pictures(self, task: DecodeTask, pictures: Pictures) -> Decoded:
+        """The half that needs a processor core: pictures -> segment."""
+        started_s = time.time()
+        segment = _segment(pictures.yuv, task.request_id, task.chunk, task.params)
+        digest = latents_digest(pictures.latents)
+        phase = Phase(name="mux", started_s=started_s, ended_s=time.time())
+        return Decoded(task_id=task.task_id, segment=segment, latents_digest=digest, phases=(pictures.phase, phase))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -31,16 +82,18 @@ class VaeWorker:
     @torch.inference_mode()
     def encode_segment(self, pixels: Tensor, request_id: str, chunk: int, params: SamplingParams) -> Segment:
         """The fMP4 segment of a decoded chunk, cut to the frames that belong to the video (at least one)."""
-        num_frames = params.frames_in(chunk)
-        spec = SegmentSpec(width=params.width, height=params.height, fps=params.fps, crf=params.crf, codec=params.codec)
-        yuv = rgb_to_yuv420(pixels[:num_frames]).cpu().numpy()
-        start_frame = FRAMES_PER_CHUNK * chunk
-        init, media = encode_segment(yuv, spec, chunk, start_frame)
-        return Segment(
-            request_id=request_id,
-            chunk=chunk,
-            start_frame=start_frame,
-            num_frames=num_frames,
-            init=init,
-            media=media,
-        )
+        return _segment(_to_yuv(pixels, chunk, params), request_id, chunk, params)
+
+
+def _to_yuv(pixels: Tensor, chunk: int, params: SamplingParams) -> npt.NDArray[np.uint8]:
+    """The frames that belong to the video, converted on their device."""
+    return rgb_to_yuv420(pixels[: params.frames_in(chunk)]).cpu().numpy()
+
+
+def _segment(yuv: npt.NDArray[np.uint8], request_id: str, chunk: int, params: SamplingParams) -> Segment:
+    spec = SegmentSpec(width=params.width, height=params.height, fps=params.fps, crf=params.crf, codec=params.codec)
+    start_frame = FRAMES_PER_CHUNK * chunk
+    init, media = encode_segment(yuv, spec, chunk, start_frame)
+    return Segment(
+        request_id=request_id, chunk=chunk, start_frame=start_frame, num_frames=len(yuv), init=init, media=media
+    )

@@ -40,6 +40,8 @@ ROWS: list[Row] = [
     ({"width": 640}, "height", "missing_required_parameter", "height: required beside width"),
     ({"height": 384}, "width", "missing_required_parameter", "width: required beside height"),
     ({"width": 0, "height": 384}, "width", "invalid_value", "width 0: at least 1"),
+    ({"width": 640, "height": 390}, "height", "invalid_value", "size 640x390: both sides must be multiples of 64"),
+    ({"width": 1920, "height": 1088}, "width", "invalid_value", "size 1920x1088: at most 921600 pixels"),
     ({"width": 700, "height": 384}, "width", "invalid_value", "size 700x384: both sides must be multiples of 64"),
     (
         {"width": 704, "height": 384, "size": "640x384"},
@@ -106,7 +108,7 @@ ROWS: list[Row] = [
     ({"image_fit": "zoom"}, "image_fit", "invalid_value", "must be crop or stretch"),
     ({"is_enable_stage2": False}, "is_enable_stage2", "invalid_value", "has 3 pyramid stages"),
     ({"pyramid_num_stages": 2}, "pyramid_num_stages", "invalid_value", "leave it out or give 3"),
-    ({"reproducible": "strict"}, "reproducible", "unsupported_parameter", "not offered"),
+    ({"reproducible": "always"}, "reproducible", "invalid_value", "must be strict"),
     ({"codec": "h265"}, "codec", "invalid_value", 'codec "h265": must be h264, vp9 or av1'),
     (
         {"output_format": "webm"},
@@ -134,6 +136,17 @@ ROWS: list[Row] = [
     ({"prompt": None}, "prompt", "missing_required_parameter", "prompt: required"),
     ({"negative_prompt": "p" * 32_001}, "negative_prompt", "invalid_value", "at most 32000 characters"),
     ({"image": "https://a.example/x.png"}, "image", "media_url_forbidden", "addresses are not fetched"),
+    ({"image": [1]}, "image", "invalid_value", "image [1]: must be a string, or an object with image_url"),
+    ({"video_url": 7}, "video_url", "invalid_value", "video_url 7: must be a string, or an object with video_url"),
+    ({"keep_first_frame": False}, "keep_first_frame", "unsupported_parameter", "the first frame is always kept"),
+    ({"latents": [1]}, "latents", "unsupported_parameter", "latents: initial noise comes from seed"),
+    ({"video_latents": [1]}, "video_latents", "unsupported_parameter", "latents are not taken; give video"),
+    ({"num_videos_per_prompt": 2}, "num_videos_per_prompt", "unsupported_parameter", "send several requests"),
+    ({"helios": {"sigmas": [1]}}, "helios.sigmas", "unsupported_parameter", "steps says how many"),
+    ({"max_sequence_length": 226}, "max_sequence_length", "unsupported_parameter", "always have 512 tokens"),
+    ({"": 1}, "", "unknown_parameter", '"": unknown parameter'),
+    ({"a\nb": 1}, "a\nb", "unknown_parameter", '"a\\nb": unknown parameter'),
+    ({"prompt": ["p", "q"]}, "prompt", "invalid_value", 'prompt ["p", "q"]: must be a string'),
     ({"first_frame": "file:///etc/passwd"}, "first_frame", "media_url_forbidden", "first_frame file"),
     ({"image": "AAAA"}, "image", "media_invalid", "must be a data: URI"),
     ({"image": "data:image/png,abc"}, "image", "media_invalid", "must be base64"),
@@ -214,6 +227,11 @@ def test_unknown_key_is_named_before_what_it_left_missing(client: TestClient) ->
     error = client.post(URL, json={"promt": "a lighthouse"}).json()["error"]
     assert error["param"] == "promt"
     assert error["message"] == "promt: unknown parameter; did you mean prompt?"
+
+
+def test_no_name_is_guessed_from_afar(client: TestClient) -> None:
+    error = client.post(URL, json={"prompt": "p", "style": "noir"}).json()["error"]
+    assert error["message"] == "style: unknown parameter"
 
 
 def test_unknown_model_is_404(client: TestClient) -> None:

@@ -77,6 +77,11 @@ def test_distilled_defaults(parse: Parse, model: ModelInfo) -> None:
     assert parse(model).request.params.seed != params.seed
 
 
+def test_a_strict_request_shares_no_forward(parse: Parse, model: ModelInfo) -> None:
+    assert parse(model, reproducible="strict").request.is_strict
+    assert not parse(model).request.is_strict
+
+
 def test_mid_and_base_defaults(parse: Parse, mid: ModelInfo, base: ModelInfo) -> None:
     params = parse(mid).request.params
     assert (params.steps, params.guidance_scale, params.use_zero_init, params.zero_steps) == (

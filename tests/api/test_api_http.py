@@ -12,6 +12,9 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from helios_serve.api.middleware import error_response
+from helios_serve.errors import CapacityError
+
 URL = "/v1/videos/generations"
 
 
@@ -306,11 +309,17 @@ def test_shutdown_cancels_what_runs(app: FastAPI, engine: Any) -> None:
     assert len(engine.cancelled) == 1
 
 
+@pytest.mark.parametrize(("estimate", "told"), [(None, "1"), (0.2, "1"), (7.5, "8"), (4000.0, "120")])
+def test_a_refusal_says_when_to_try_again(estimate: float | None, told: str) -> None:
+    answer = error_response(CapacityError("full", retry_after_s=estimate))
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, told)
+
+
 def test_only_pure_asgi_middleware(app: FastAPI) -> None:
     from starlette.middleware.base import BaseHTTPMiddleware
 
     kinds = [middleware.cls for middleware in app.user_middleware]
-    assert [kind.__name__ for kind in kinds] == ["RequestBoundary", "BodyLimit"]  # type: ignore[attr-defined]
+    assert [kind.__name__ for kind in kinds] == ["RequestCount", "RequestBoundary", "BodyLimit"]  # type: ignore[attr-defined]
     assert not any(isinstance(kind, type) and issubclass(kind, BaseHTTPMiddleware) for kind in kinds)
 
 

@@ -165,6 +165,13 @@ def test_keys_that_the_reference_ignores_are_logged(caplog: pytest.LogCaptureFix
     ]
 
 
+def test_recommended_sizes_follow_the_number_of_stages(copy: Path) -> None:
+    edit_json(copy / SCHEDULER, stages=4, stage_range=[0, 0.25, 0.5, 0.75, 1])
+    assert read_config(copy).info("tiny").recommended_sizes == ((128, 128),)
+    edit_json(copy / SCHEDULER, stages=2, stage_range=[0, 0.5, 1])
+    assert read_config(copy).info("tiny").recommended_sizes == ((128, 64), (64, 128), (128, 128))
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +191,16 @@ def _shard_without_file(path: Path) -> None:
     weights.rename(weights.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
     shards = [f"diffusion_pytorch_model-0000{1 + (key == keys[-1])}-of-00002.safetensors" for key in keys]
     index = {"metadata": {}, "weight_map": dict(zip(keys, shards, strict=True))}
+    (path / f"{TRANSFORMER_WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def _shard_twice(path: Path) -> None:
+    weights = path / TRANSFORMER_WEIGHTS
+    tensors = load_file(weights)
+    shards = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    save_file({"proj_out.bias": tensors["proj_out.bias"]}, weights.with_name(shards[1]))
+    weights.rename(weights.with_name(shards[0]))
+    index = {"weight_map": dict.fromkeys(tensors, shards[0]) | {"proj_out.bias": shards[1]}}
     (path / f"{TRANSFORMER_WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
@@ -288,7 +305,19 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "other text model": (_edit(TEXT, model_type="t5"), ("model_type is 't5'", "'umt5' is served")),
     "bad text config": (_edit(TEXT, num_layers="two"), ("text_encoder/config.json is not a UMT5 configuration",)),
     "vae": (_edit("vae/config.json", is_residual=True), ("copy/vae/config.json: is_residual is True",)),
-    "sizes": (_edit(INDEX, _helios_serve={"recommended_sizes": [[100, 64]]}), ("(100, 64)", "multiples of 64")),
+    "sizes": (_edit(INDEX, _helios_serve={"recommended_sizes": [[100, 64]]}), ("[100, 64]", "multiples of 16")),
+    "activation": (
+        _edit(TEXT, feed_forward_proj="gated-foo"),
+        ("copy/text_encoder/config.json", "'gated-foo'", "'gated-gelu'"),
+    ),
+    "one tensor in two shards": (
+        _shard_twice,
+        ("-00002-of-00002.safetensors", "another shard holds too: proj_out.bias"),
+    ),
+    "bytes too many": (
+        lambda p: (p / TRANSFORMER_WEIGHTS).write_bytes((p / TRANSFORMER_WEIGHTS).read_bytes() + b"x"),
+        (TRANSFORMER_WEIGHTS, "cut short or damaged"),
+    ),
 }  # fmt: skip
 
 
@@ -318,7 +347,9 @@ UNSERVED: list[tuple[str, dict[str, object], str]] = [
     ("HeliosTransformer3DModel", {"patch_size": [1, 2]}, "a list of 3 positive integers"),
     ("HeliosTransformer3DModel", {"out_channels": 32}, "out_channels is 32; it must equal in_channels, 16"),
     ("HeliosTransformer3DModel", {"num_layers": 0}, "num_layers is 0; it must be a positive integer"),
-    ("HeliosTransformer3DModel", {"eps": "small"}, "eps is 'small'; it must be a number"),
+    ("HeliosTransformer3DModel", {"eps": "small"}, "eps is 'small'; it must be a finite number above 0"),
+    ("HeliosTransformer3DModel", {"eps": -1e-6}, "eps is -1e-06; it must be a finite number above 0"),
+    ("HeliosTransformer3DModel", {"rope_theta": float("nan")}, "rope_theta is nan; it must be a finite number above 0"),
     ("HeliosTransformer3DModel", {"is_amplify_history": 1}, "is_amplify_history is 1; it must be true or false"),
     ("HeliosTransformer3DModel", {"history_scale_mode": "row"}, "it must be 'per_head' or 'scalar'"),
     ("HeliosScheduler", {"solver_type": "bh1"}, "solver_type is 'bh1'; 'bh2' is served"),
@@ -336,6 +367,12 @@ UNSERVED: list[tuple[str, dict[str, object], str]] = [
     ("HeliosScheduler", {"stages": 2}, "stages = 2 needs 3 bounds"),
     ("HeliosScheduler", {"stage_range": [0, 0.7, 0.3, 1]}, "it must rise within [0, 1]"),
     ("HeliosScheduler", {"stage_range": [0, 0.5, 1, 2]}, "it must rise within [0, 1]"),
+    ("HeliosScheduler", {"gamma": float("nan")}, "gamma is nan; it must be a finite number"),
+    ("HeliosScheduler", {"base_shift": 10**400}, "it must be a finite number"),
+    ("HeliosScheduler", {"shift": 0}, "shift is 0; it must be a finite number above 0"),
+    ("HeliosScheduler", {"stage_range": [0, float("nan"), 0.6, 1]}, "it must be a list of finite numbers"),
+    ("HeliosScheduler", {"num_train_timesteps": 1}, "num_train_timesteps is 1; 2 to 100000 are served"),
+    ("HeliosScheduler", {"num_train_timesteps": 10**9}, "2 to 100000 are served"),
     ("HeliosScheduler", {"gamma": 0}, "gamma is 0.0; it must be above 0 and at most 1/3"),
     ("UniPCMultistepScheduler", {}, "HeliosScheduler or HeliosDMDScheduler is served"),
 ]

@@ -14,6 +14,7 @@ from helios_serve.model_executor.history import (
     FIRST_MID_FRAME,
     LAST_HISTORY_FRAME,
     NUM_HISTORY_FRAMES,
+    NUM_TRAIL_CHUNKS,
     History,
     empty_history,
     seeded_history,
@@ -54,44 +55,33 @@ def test_windows_are_long_mid_and_first_with_last() -> None:
     assert values(short) == [7, 118]
 
 
-def test_the_window_slides_by_a_chunk() -> None:
-    history = History(frames=span(0, 19), first=None)
-    for start in (19, 28, 37):
-        history = history.after(span(start, start + 9), repin=False)
-        assert values(history.frames) == list(range(start - 10, start + 9))
-        assert history.first is not None
-        assert values(history.first) == [19]
+def test_the_window_slides_over_what_was_made() -> None:
+    start = History(frames=span(0, 19), first=None)
+    chunks = [span(at, at + 9) for at in (19, 28, 37, 46)]
+    for count in range(5):
+        made = chunks[:count]
+        history = start.followed_by(made[-3:], made[0] if made else None)
+        assert values(history.frames) == list(range(9 * count, 9 * count + 19))
+        assert (history.first is None) == (count == 0)
+        assert history.first is None or values(history.first) == [19]
+    assert NUM_TRAIL_CHUNKS == 3
 
 
-def test_the_first_generated_frame_is_pinned_once() -> None:
-    history = empty_history(2, 3, 4, torch.device("cpu")).after(span(1, 10), repin=False)
-    assert values(history.windows()[2]) == [1, 9]
-    assert values(history.after(span(10, 19), repin=False).windows()[2]) == [1, 18]
+def test_what_is_pinned_stays_unless_a_chunk_is_named() -> None:
+    start = seeded_history(frames(5), frames(3))
+    assert values(start.followed_by([span(10, 19)], None).windows()[2]) == [3, 18]
+    assert values(start.followed_by([span(10, 19), span(20, 29)], span(20, 29)).windows()[2]) == [20, 28]
 
 
-def test_repin_replaces_what_was_pinned() -> None:
-    history = seeded_history(frames(5), frames(3)).after(span(10, 19), repin=False)
-    assert values(history.windows()[2]) == [3, 18]
-    repinned = history.after(span(20, 29), repin=True)
-    assert values(repinned.windows()[2]) == [20, 28]
-    assert values(repinned.after(span(30, 39), repin=False).windows()[2]) == [20, 38]
-
-
-def test_a_history_keeps_no_part_of_the_chunk_alive() -> None:
+def test_a_history_keeps_no_part_of_the_chunks_alive() -> None:
     latents = span(1, 10)
-    history = empty_history(2, 3, 4, torch.device("cpu")).after(latents, repin=False)
+    history = empty_history(2, 3, 4, torch.device("cpu")).followed_by([latents], latents)
     latents.fill_(-1)
     assert history.first is not None
     assert values(history.first) == [1]
     assert values(history.frames)[-9:] == list(range(1, 10))
     assert history.first.untyped_storage().nbytes() == history.first.nbytes
     assert history.frames.untyped_storage().nbytes() == history.frames.nbytes
-
-
-def test_lower_precision_latents_become_float32() -> None:
-    history = empty_history(2, 3, 4, torch.device("cpu")).after(span(1, 10).bfloat16(), repin=False)
-    assert history.first is not None
-    assert history.frames.dtype == history.first.dtype == torch.float32
 
 
 @pytest.mark.parametrize("count", [1, 9, 18, 19, 20, 27, 45])
@@ -103,14 +93,16 @@ def test_a_seeded_history_keeps_the_last_19_behind_zeros(count: int) -> None:
     assert history.frames.untyped_storage().nbytes() == history.frames.nbytes
 
 
-@given(count=st.integers(1, 40), num_chunks=st.integers(0, 4))
+@given(count=st.integers(1, 40), num_chunks=st.integers(0, 6))
 def test_the_window_is_the_tail_of_all_frames(count: int, num_chunks: int) -> None:
     everything = [0.0] * 19 + [float(i) for i in range(1, count + 1)]
     history = seeded_history(span(1, count + 1), frames(-5))
+    made = []
     for chunk in range(num_chunks):
         start = 1000 + 9 * chunk
         everything += [float(i) for i in range(start, start + 9)]
-        history = history.after(span(start, start + 9), repin=False)
+        made.append(span(start, start + 9))
+    history = history.followed_by(made[-NUM_TRAIL_CHUNKS:], None)
     assert values(history.frames) == everything[-19:]
     assert history.first is not None
     assert values(history.first) == [-5]

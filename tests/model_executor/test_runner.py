@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from helios_serve.config import ModelConfig
+from helios_serve.errors import InvalidRequestError
+from helios_serve.faults import NO_FAULTS, Fault, FaultPlan
+from helios_serve.model_executor.batch import ChunkInput, NotFiniteError, ParkedChunk
 from helios_serve.model_executor.conditioning import Conditioning
 from helios_serve.model_executor.model import HeliosModel, load_model
-from helios_serve.model_executor.packing import TextKV
+from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding
 from helios_serve.model_executor.runner import Runner, StepResult
 from helios_serve.types import Frames, PromptChange, SamplingParams, VideoRequest
@@ -43,30 +47,43 @@ def _pictures(params: SamplingParams, count: int) -> Frames:
 
 
 class Bench:
-    """One runner with everything that was made on it, by request."""
+    """One runner with everything that was made on it, by request; tasks have the names of their requests."""
 
-    def __init__(self, model: HeliosModel, text_cache_bytes: int = 1 << 30) -> None:
+    def __init__(self, model: HeliosModel, text_cache_bytes: int = 1 << 30, faults: FaultPlan = NO_FAULTS) -> None:
         self.encoder = EncoderWorker(model.text_encoder, model.vae)
-        self.runner = Runner(model.transformer, model.rules, text_cache_bytes)
+        self.runner = Runner(model.transformer, model.rules, text_cache_bytes, faults)
+        self.videos: dict[str, VideoRequest] = {}
         self.conditioning: dict[str, Conditioning] = {}
         self.made: dict[str, list[Tensor]] = {}
+        self.failed: dict[str, Exception] = {}
         self.pack_sizes: list[int] = []
 
     def begin(self, video: VideoRequest) -> None:
-        conditioning = self.encoder.encode(video)
-        self.conditioning[video.request_id] = conditioning
-        self.made[video.request_id] = []
-        self.runner.join(conditioning.chunk_input(video.request_id, 0, conditioning.continuation))
+        self.runner.join(self.encode(video))
+
+    def encode(self, video: VideoRequest) -> ChunkInput:
+        """The request's first chunk."""
+        encoded = self.encoder.encode(video)
+        name = video.request_id
+        self.videos[name], self.conditioning[name], self.made[name] = video, encoded.conditioning, []
+        return self.next_input(name, encoded.generator_state)
+
+    def next_input(self, name: str, generator_state: bytes) -> ChunkInput:
+        made, conditioning = self.made[name], self.conditioning[name]
+        pinned = self.videos[name].pinned_chunk(len(made))
+        history = conditioning.history.followed_by(made[-3:], None if pinned is None else made[pinned])
+        return conditioning.chunk_input(name, name, len(made), history, generator_state)
 
     def step(self, names: Iterable[str] | None = None) -> StepResult:
         """One step; a finished chunk's successor joins at the next boundary."""
         result = self.runner.step(None if names is None else tuple(names))
-        self.pack_sizes.append(result.num_sequences)
+        self.pack_sizes.extend(result.pack_sizes)
+        self.failed.update(result.failed)
         for chunk in result.finished:
-            name, conditioning = chunk.request_id, self.conditioning[chunk.request_id]
+            name = chunk.task_id
             self.made[name].append(chunk.latents)
-            if chunk.chunk + 1 < conditioning.params.num_chunks:
-                self.runner.join(conditioning.chunk_input(name, chunk.chunk + 1, chunk.continuation))
+            if chunk.chunk + 1 < self.videos[name].params.num_chunks:
+                self.runner.join(self.next_input(name, chunk.generator_state))
         return result
 
     def finish(self) -> dict[str, Tensor]:
@@ -161,7 +178,7 @@ def test_a_packed_step_mixes_stages_and_reports_each(distilled: HeliosModel) -> 
     bench.begin(request("owl", guidance_scale=2.0))
     result = bench.step()
     assert [(name, cursor.stage, cursor.step) for name, cursor in result.steps] == [("fox", 1, 0), ("owl", 0, 0)]
-    assert (result.num_sequences, result.finished) == (3, ())
+    assert (result.pack_sizes, result.finished) == ((3,), ())
 
 
 @pytest.mark.parametrize("variant", list(ARRIVALS))
@@ -216,19 +233,26 @@ def test_a_request_draws_from_its_own_generator(distilled: HeliosModel) -> None:
     assert (packed["noise"] - solo).abs().max() > 1e-2
 
 
-def test_skip_first_chunk_pins_the_second_chunk(distilled: HeliosModel) -> None:
-    video = request("fox", num_frames=132)
-    for skips, pinned in ((False, [0, 0, 0, 0]), (True, [0, 1, 1, 1])):
-        skipping = dataclasses.replace(video, params=dataclasses.replace(video.params, skip_first_chunk=skips))
-        bench = Bench(distilled)
-        bench.begin(skipping)
-        firsts = []
-        while bench.runner.active:
-            for chunk in bench.step().finished:
-                assert chunk.continuation.history.first is not None
-                firsts.append(chunk.continuation.history.first)
+@pytest.mark.parametrize(("task", "skips"), [(task, skips) for task in ("t2v", "i2v", "v2v") for skips in (0, 1)])
+def test_what_a_chunk_sees_is_rebuilt_from_the_last_three(distilled: HeliosModel, task: str, skips: int) -> None:
+    """The window over all frames so far, and the first frame that the reference pins."""
+    bench = Bench(distilled)
+    chunk = bench.encode(request("fox", task=task, num_frames=165, skip_first_chunk=bool(skips)))
+    start = bench.conditioning["fox"].history
+    for index in range(5):
         made = bench.made["fox"]
-        assert all(torch.equal(first, made[at][:, :1]) for first, at in zip(firsts, pinned, strict=True))
+        assert torch.equal(chunk.history.frames, torch.cat((start.frames, *made), dim=1)[:, -19:])
+        first = start.first if index == 0 or task != "t2v" else made[0][:, :1]
+        if skips and index >= 2:
+            first = made[1][:, :1]
+        assert (chunk.history.first is None) == (first is None)
+        assert first is None or torch.equal(chunk.history.first, first)
+        bench.runner.join(chunk)
+        while not (finished := bench.runner.step().finished):
+            pass
+        assert finished[0].latents.dtype == torch.float32
+        made.append(finished[0].latents)
+        chunk = bench.next_input("fox", finished[0].generator_state)
 
 
 @pytest.fixture
@@ -267,8 +291,7 @@ def test_text_is_projected_once_per_prompt(distilled: HeliosModel, projected: li
 def test_text_is_kept_by_content_not_by_address(distilled: HeliosModel, projected: list[TextKV]) -> None:
     """The same memory with another content is another prompt; the same content elsewhere is the same one."""
     bench = Bench(distilled)
-    conditioning = bench.encoder.encode(request("fox"))
-    start = conditioning.chunk_input("fox", 0, conditioning.continuation)
+    start = bench.encode(request("fox"))
     embeds = start.prompt.embeds.clone()
     results = []
     for key, scale in (("one", 1.0), ("two", -1.0), ("one", -1.0)):
@@ -301,3 +324,234 @@ def test_text_in_use_survives_its_eviction(distilled: HeliosModel, projected: li
     bench.begin(request("owl"))
     bench.runner.abort("owl")
     assert torch.equal(bench.finish()["fox"], expected)
+
+
+# Parking
+
+PARKED = {
+    "base": request("fox", width=48, height=32, steps=(5,), guidance_scale=5.0, num_frames=66),
+    "mid": request("fox", steps=(2, 3, 2), guidance_scale=5.0, use_zero_init=True, num_frames=66),
+    "distilled": request("fox", task="i2v", steps=(2, 1, 3), num_frames=66),
+}
+
+
+@pytest.mark.parametrize("variant", list(PARKED))
+def test_a_chunk_parked_at_any_step_goes_on_bit_identically_elsewhere(
+    variant: str, request: pytest.FixtureRequest
+) -> None:
+    model, video = request.getfixturevalue(variant), PARKED[variant]
+    expected = alone(model, video)
+    num_steps = sum(video.params.steps)
+    for boundary in range(num_steps):
+        here, there = Bench(model), Bench(model)
+        here.begin(video)
+        there.encode(video)
+        for _ in range(num_steps + boundary):  # in the second chunk
+            here.step()
+        parked = here.runner.park("fox")
+        assert here.runner.active == ()
+        assert parked is not None
+        assert sum(video.params.steps[: parked.cursor.stage]) + parked.cursor.step == boundary
+        there.made["fox"] = here.made["fox"]
+        moved: ParkedChunk = pickle.loads(pickle.dumps(parked))
+        assert [tensor.dtype for tensor in moved.tensors()] == [tensor.dtype for tensor in parked.tensors()]
+        there.runner.join(there.next_input("fox", b"not needed"), moved)
+        assert torch.equal(there.finish()["fox"], expected)
+
+
+def test_a_chunk_parked_twice_in_a_pack_leaves_its_mates_alone(distilled: HeliosModel) -> None:
+    """Parking is as if the chunk had been left out of some packs."""
+    bench = Bench(distilled)
+    videos = [request(name, steps=(2, 2, 2)) for name in ("fox", "owl", "elk")]
+    inputs = {video.request_id: bench.encode(video) for video in videos}
+    for chunk in inputs.values():
+        bench.runner.join(chunk)
+    for _ in range(2):
+        bench.step()
+        parked = bench.runner.park("owl")
+        bench.step()
+        bench.runner.join(inputs["owl"], parked)
+    made = bench.finish()
+    for video in videos:
+        assert_same(made[video.request_id], alone(distilled, video))
+
+
+def test_parking_nobody_is_harmless(distilled: HeliosModel) -> None:
+    assert Bench(distilled).runner.park("nobody") is None
+
+
+@pytest.mark.parametrize("variant", list(PARKED))
+def test_bfloat16_parks_with_its_dtypes(variant: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(f"tiny_{variant}")
+    model = load_model(ModelConfig(model=str(path), dtype="bfloat16"))
+    video = dataclasses.replace(PARKED[variant], params=dataclasses.replace(PARKED[variant].params, num_frames=33))
+    expected = alone(model, video)
+    assert expected.dtype == torch.float32
+    for boundary in range(sum(video.params.steps)):
+        bench = Bench(model)
+        chunk = bench.encode(video)
+        bench.runner.join(chunk)
+        for _ in range(boundary):
+            bench.step()
+        bench.runner.join(chunk, pickle.loads(pickle.dumps(bench.runner.park("fox"))))
+        assert torch.equal(bench.finish()["fox"], expected)
+
+
+# Faults
+
+TRIO = ("fox", "bad", "owl")
+
+
+def trio(model: HeliosModel, *faults: Fault) -> tuple[Bench, dict[str, Tensor]]:
+    """Three videos that share every forward, under faults."""
+    bench = Bench(model, faults=FaultPlan(*faults))
+    for name in TRIO:
+        bench.begin(request(name, steps=(2, 2, 2)))
+    return bench, bench.finish()
+
+
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_a_chunk_that_is_not_finite_fails_alone_at_its_end(distilled: HeliosModel, step: int) -> None:
+    _, expected = trio(distilled)
+    bench, made = trio(distilled, Fault(point="dit.step", action="nan", where={"request_id": "bad", "step": step}))
+    assert {name: type(error) for name, error in bench.failed.items()} == {"bad": NotFiniteError}
+    assert bench.pack_sizes == [3] * 6
+    assert sorted(made) == ["fox", "owl"]
+    assert all(torch.equal(latents, expected[name]) for name, latents in made.items())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("variant", list(ARRIVALS))
+def test_one_bad_number_in_any_sampler_is_found(
+    variant: str, value: float, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = request.getfixturevalue(variant)
+    predict, calls = model.transformer.forward, []
+
+    def spoil(batch: PackedBatch, text: PackedText) -> Tensor:
+        flows = predict(batch, text).clone()
+        calls.append(1)
+        if len(calls) == 3:  # use_zero_init ignores the first two of Mid
+            flows[0, 0] = value
+        return flows
+
+    monkeypatch.setattr(model.transformer, "forward", spoil)
+    bench = Bench(model)
+    bench.begin(PARKED[variant])
+    bench.finish()
+    assert isinstance(bench.failed["fox"], NotFiniteError)
+    assert bench.runner.active == ()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of luck"), InvalidRequestError("cannot be", param="prompt")])
+def test_an_exception_ends_its_chunk_alone(distilled: HeliosModel, error: Exception) -> None:
+    culprit = Fault(point="dit.step", action="raise", where={"request_id": "bad", "step": 2}, times=9, error=error)
+    bench, made = trio(distilled, culprit)
+    assert bench.failed == {"bad": error}
+    assert bench.pack_sizes == [3, 3, 1, 1, 2, 2, 2]
+    for name in ("fox", "owl"):
+        assert_same(made[name], alone(distilled, request(name, steps=(2, 2, 2))))
+
+
+def test_an_exception_that_does_not_come_again_ends_nobody(distilled: HeliosModel) -> None:
+    bench, made = trio(distilled, Fault(point="dit.step", action="raise", where={"request_id": "bad", "step": 2}))
+    assert bench.failed == {}
+    assert bench.pack_sizes == [3, 3, 1, 1, 1, 3, 3, 3]
+    assert sorted(made) == sorted(TRIO)
+
+
+class SmallDevice:
+    """A transformer that runs out of memory in forwards of more than `limit` tokens."""
+
+    def __init__(self, model: HeliosModel, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+        self.tried: list[int] = []
+        predict = model.transformer.forward
+
+        def forward(batch: PackedBatch, text: PackedText) -> Tensor:
+            self.tried.append(batch.num_tokens)
+            if batch.num_tokens > limit:
+                raise torch.OutOfMemoryError(f"{batch.num_tokens} tokens do not fit")
+            return predict(batch, text)
+
+        monkeypatch.setattr(model.transformer, "forward", forward)
+
+
+def test_a_pack_that_does_not_fit_is_halved_and_the_size_remembered(
+    distilled: HeliosModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All five are done; later packs keep to what fitted and never run out of memory again."""
+    videos = [request(name, steps=(9, 1, 1)) for name in ("fox", "owl", "elk", "cod", "bee")]
+    expected = {video.request_id: alone(distilled, video) for video in videos}
+    bench = Bench(distilled)
+    for video in videos:
+        bench.begin(video)
+    tokens = bench.runner._chunks["fox"].num_tokens
+    device = SmallDevice(distilled, monkeypatch, limit=2 * tokens)
+    first = bench.step()
+    # 5 do not fit; of the halves 3 do not, their halves 2 and 1 do, and so do the other 2
+    assert device.tried == [5 * tokens, 3 * tokens, 2 * tokens, tokens, 2 * tokens]
+    assert first.pack_sizes == (2, 1, 2)
+    assert first.max_tokens == 2 * tokens
+    assert len(first.steps) == 5
+    device.tried.clear()
+    second = bench.step()
+    assert device.tried == [2 * tokens, 2 * tokens, tokens]
+    assert second.max_tokens is None
+    monkeypatch.undo()
+    for name, latents in bench.finish().items():
+        assert_same(latents, expected[name])
+    assert bench.failed == {}
+
+
+def test_a_chunk_that_does_not_fit_even_alone_fails_alone(
+    distilled: HeliosModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(distilled)
+    for video in (request("fox"), request("bad", width=256, height=256), request("owl")):
+        bench.begin(video)
+    tokens = {name: state.num_tokens for name, state in bench.runner._chunks.items()}
+    device = SmallDevice(distilled, monkeypatch, limit=tokens["bad"] - 1)
+    result = bench.step()
+    assert [(name, type(error)) for name, error in result.failed] == [("bad", torch.OutOfMemoryError)]
+    assert device.tried.count(tokens["bad"]) == 2  # once more after the cache was cleared
+    assert {name for name, _ in result.steps} == {"fox", "owl"}
+    assert sorted(bench.finish()) == ["fox", "owl"]
+
+
+def test_memory_that_comes_back_costs_nothing(distilled: HeliosModel) -> None:
+    passing = torch.OutOfMemoryError("for once")
+    bench = Bench(distilled, faults=FaultPlan(Fault(point="dit.step", action="raise", error=passing, skip=1)))
+    bench.begin(request("fox"))
+    assert torch.equal(bench.finish()["fox"], alone(distilled, request("fox")))
+    assert bench.failed == {}
+
+
+def test_joining_is_tried_again_after_memory_ran_out(distilled: HeliosModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed, calls = distilled.transformer.embed_history, []
+
+    def once(history: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("for once")
+        return embed(history)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(distilled.transformer, "embed_history", once)
+    bench = Bench(distilled)
+    bench.begin(request("fox"))
+    assert bench.runner.active == ("fox",)
+    assert len(calls) == 2
+
+
+def test_a_visit_says_which_step_it_is(distilled: HeliosModel) -> None:
+    seen = []
+
+    class Plan(FaultPlan):
+        def at(self, point: str, **facts: object) -> bool:
+            seen.append((point, *(facts[name] for name in ("request_id", "chunk", "stage", "step", "num_chunks"))))
+            return False
+
+    bench = Bench(distilled, faults=Plan())
+    bench.begin(request("fox", steps=(2, 1, 1)))
+    bench.finish()
+    stages = (0, 0, 1, 2)
+    assert seen == [("dit.step", "fox", 0, stage, step, 1) for step, stage in enumerate(stages)]

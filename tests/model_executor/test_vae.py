@@ -225,10 +225,10 @@ def test_a_clip_leaves_nothing_behind() -> None:
 def test_tails_are_copies_and_are_dropped_at_the_end() -> None:
     conv, tails = nn.Identity(), {}
     x = torch.randn(1, 2, 5, 3, 3)
-    Slab(is_first=True, is_last=False, tails=tails).leave(conv, x, 2)
+    Slab(is_first=True, is_last=False, keeps_sum_order=False, tails=tails).leave(conv, x, 2)
     assert torch.equal(tails[conv], x[:, :, 3:])
     assert tails[conv].untyped_storage().nbytes() == tails[conv].nbytes
-    last = Slab(is_first=False, is_last=True, tails=tails)
+    last = Slab(is_first=False, is_last=True, keeps_sum_order=False, tails=tails)
     assert torch.equal(last.take(conv), x[:, :, 3:])
     last.leave(conv, x, 2)
     assert not tails

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,15 @@ class Oracle:
 
         frames = self._call(case, record)
         return Video(latents=torch.cat(chunks, dim=2), frames=frames)
+
+    @contextmanager
+    def contiguous_flows(self) -> Iterator[None]:
+        """Lets the transformer return contiguous tensors, which the pipeline takes for granted."""
+        handle = self._pipe.transformer.register_forward_hook(lambda _module, _args, out: (out[0].contiguous(),))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _call(self, case: Case, record: Callable[..., dict[str, Tensor]]) -> npt.NDArray[np.float32]:
         params = case.params

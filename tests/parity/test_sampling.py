@@ -112,6 +112,18 @@ def test_pyramid_with_other_constants(shift: float, gamma: float) -> None:
         _assert_same_tables(theirs, ours)
 
 
+@pytest.mark.parametrize("cls", [HeliosScheduler, HeliosDMDScheduler])
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("num_train_timesteps", [100, 2000, 3000])
+def test_other_numbers_of_training_timesteps(cls: type, dynamic: bool, num_train_timesteps: int) -> None:
+    """Above 1000 a stage's timesteps may rise, for the reference caps its first one at 999."""
+    theirs = cls(num_train_timesteps=num_train_timesteps, use_dynamic_shifting=dynamic)
+    schedule = chunk_schedule(_config(theirs), (2, 3, 4), (72, 288, 1152))
+    for stage, ours in enumerate(schedule.stages):
+        theirs.set_timesteps((2, 3, 4)[stage], stage, mu=_mu((72, 72, 288)[stage]))
+        _assert_same_tables(theirs, ours)
+
+
 def test_published_distilled_timesteps() -> None:
     """The values that the official 640x384 checkpoint uses, plain and with an amplified first chunk."""
     config = SchedulerConfig(solver="dmd", use_dynamic_shifting=True, time_shift_type="linear")

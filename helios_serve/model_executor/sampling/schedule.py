@@ -159,7 +159,9 @@ def _pyramid_stage(config: SchedulerConfig, stage: _PyramidStage, steps: int, mu
         timesteps, sigmas = timesteps[:-1], np.delete(sigmas, -2)
     if config.use_dynamic_shifting:
         sigmas = shift_sigmas(sigmas, mu, config.time_shift_type)
-        timesteps = stage.last + sigmas[:-1] * (stage.first - stage.last)
+        # Above 1000 training timesteps the reference's cap at 999 may leave a stage whose range rises.
+        low, high = sorted((stage.first, stage.last))
+        timesteps = low + sigmas[:-1] * (high - low)
     return StageSchedule(
         timesteps=tuple(timesteps.tolist()),
         sigmas=tuple(sigmas.tolist()),
