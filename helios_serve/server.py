@@ -28,6 +28,7 @@ from helios_serve.model_executor.model_config import CheckpointConfig
 from helios_serve.model_executor.runner import Runner
 from helios_serve.telemetry import Metrics
 from helios_serve.types import FRAMES_PER_CHUNK, Failure, ModelInfo, PromptChange, SamplingParams, VideoRequest
+from helios_serve.workers import stills
 from helios_serve.workers.encoder import EncoderWorker
 from helios_serve.workers.local_executor import LocalExecutor
 from helios_serve.workers.media import Decoder
@@ -110,7 +111,7 @@ async def _serve(
 ) -> None:
     await engine.start()
     config = ServiceConfig(data_dir=server.data_dir)
-    service = VideoService(engine=engine, muxer=progressive_mp4, model=info, config=config)
+    service = VideoService(engine=engine, muxer=progressive_mp4, stills=stills, model=info, config=config)
     app = create_app(service, ServerSettings(decoder=Decoder(), version=__version__, metrics=metrics))
     http = _HttpServer(uvicorn.Config(app, log_config=None, access_log=False, ws_per_message_deflate=False))
     closing: list[asyncio.Task[None]] = []

@@ -189,6 +189,11 @@ class VideoRequest:
             return "i2v"
         return "t2v" if self.video is None else "v2v"
 
+    def prompt_weight(self, chunk: int) -> float:
+        """How much of the prompt that took over last is in `chunk`: 1 outside transitions."""
+        change = [change for change in self.prompts if change.chunk <= chunk][-1]
+        return 1.0 if change.chunk == 0 else min(1.0, (chunk - change.chunk + 1) / max(1, change.transition_chunks))
+
     def pinned_chunk(self, chunk: int) -> int | None:
         """The earlier chunk whose first frame is pinned while `chunk` is made; None while it is the input's, or none
         is."""
@@ -405,17 +410,7 @@ class PackLimit:
 
 
 ExecutorEvent = (
-    GroupUp
-    | GroupLost
-    | Beat
-    | Encoded
-    | StepDone
-    | TaskDone
-    | Parked
-    | Aborted
-    | Decoded
-    | TaskFailed
-    | PackLimit
+    GroupUp | GroupLost | Beat | Encoded | StepDone | TaskDone | Parked | Aborted | Decoded | TaskFailed | PackLimit
 )
 """What an executor tells the engine."""
 

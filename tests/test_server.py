@@ -121,6 +121,14 @@ def test_a_server_from_start_to_ctrl_c(data_dir: Path, tmp_path: Path) -> None:
         good = make(server)
         assert (good.status_code, good.headers["content-type"]) == (200, "video/mp4")
 
+        live = make(server, num_frames=70, stream=True)
+        assert live.headers["x-video-id"].startswith("video_")
+        assert num_frames(live.content) == 70
+        stored = httpx2.get(f"{server.url}/v1/videos/{live.headers['x-video-id']}/content")
+        assert num_frames(stored.content) == 70
+        poster = httpx2.get(stored.url, params={"variant": "thumbnail"})
+        assert poster.content[8:12] == b"WEBP"
+
         assert server.stop(signal.SIGINT) == 0
     assert "Traceback" not in "".join(server.errors)
     with pytest.raises(httpx2.ConnectError):

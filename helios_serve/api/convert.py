@@ -45,6 +45,10 @@ class ParsedRequest:
     warnings: tuple[ParameterWarning, ...]
     response_format: Literal["url", "b64_json"]
     detach: bool
+    stream: bool
+    is_async: bool
+    with_segments: bool
+    """Whether a stream of events carries the segments, or progress alone."""
     user: str | None
     metadata: Mapping[str, str] | None
 
@@ -88,6 +92,9 @@ def parse_generation(body: Mapping[str, object], model: ModelInfo, media: Media,
         warnings=tuple(warnings),
         response_format=fields.response_format,
         detach=fields.detach,
+        stream=fields.stream,
+        is_async=fields.async_,
+        with_segments=fields.partial_videos == "all",
         user=fields.user,
         metadata=fields.metadata,
     )
@@ -110,9 +117,13 @@ def _check_model(named: NamedBody, model: ModelInfo, limits: Limits) -> None:
 def _check_off(named: NamedBody) -> None:
     """Fields of the schema that this server cannot honour yet: only the value that means off is accepted."""
     body = named.fields
+    if body.stream and body.async_:
+        raise InvalidRequestError(
+            f"{named.name('async')}: not beside stream; leave one of them out",
+            param=named.name("async"),
+            code="conflicting_parameters",
+        )
     unsupported = (
-        ("stream", body.stream, "streaming is not offered; leave it out and the answer comes when the video is done"),
-        ("async", body.async_, "only synchronous calls are offered; leave it out"),
         ("priority", body.priority != 0, "priorities are not offered; leave it out or give 0"),
         ("queue_timeout", body.queue_timeout is not None, "queue time-outs are not offered; leave it out"),
         ("webhook_url", body.webhook_url is not None, "webhooks are not offered; leave it out"),

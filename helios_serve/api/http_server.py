@@ -5,39 +5,43 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import json
-import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from helios_serve.api import schemas
 from helios_serve.api.content import RangeNotSatisfiableError, video_response, whole_video
 from helios_serve.api.convert import Limits, ParsedRequest, parse_generation
+from helios_serve.api.http_request import (
+    accept_weights,
+    base_url_of,
+    json_object,
+    last_event_id,
+    page_of,
+    preferred_wait_s,
+    read_body,
+    wants_mp4,
+)
 from helios_serve.api.jobs import Job, StoredVideo, content_url, generation_object, model_object, video_object
 from helios_serve.api.media_input import DataUriSource, Media, MediaDecoder
 from helios_serve.api.middleware import BodyLimit, RequestBoundary, RequestCount, error_response
 from helios_serve.api.names import shown
-from helios_serve.api.service import VideoService
-from helios_serve.errors import HeliosError, InvalidRequestError, NotFoundError, UnsupportedMediaTypeError
+from helios_serve.api.playground import PlaygroundFile, playground_files, playground_headers
+from helios_serve.api.service import STILL_TYPES, VideoService
+from helios_serve.api.streaming import STREAM_HEADERS, ServerSentEvents, fmp4
+from helios_serve.errors import HeliosError, InvalidRequestError, NotFoundError
 from helios_serve.telemetry import Metrics
 
+VIDEOS = "/v1/videos"
 GENERATIONS = "/v1/videos/generations"
 _EXAMPLE = {"prompt": "A lighthouse in a storm, waves breaking over the rocks", "num_frames": 33, "seed": 42}
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _TELEMETRY_OFF: Any = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}
-
-
-class NotAcceptableError(HeliosError):
-    """The client accepts neither JSON nor MP4 (HTTP 406)."""
-
-    status, grpc_status, code, retryable = 406, "INVALID_ARGUMENT", "not_acceptable", False
 
 
 class RouteError(HeliosError):
@@ -92,9 +96,35 @@ def create_app(service: VideoService, settings: ServerSettings) -> FastAPI:
     app.add_api_route(
         GENERATIONS, _only_post, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"], include_in_schema=False
     )
+    app.add_api_route(
+        VIDEOS,
+        routes.create,
+        methods=["POST"],
+        summary="Create a job",
+        response_model=schemas.Video,
+        responses=_error_answers(400, 404, 413, 415, 503),
+        openapi_extra={"requestBody": _request_body()},
+    )
+    _add_get(app, VIDEOS, routes.videos, schemas.VideoList, 400, 404)
     _add_get(app, "/v1/videos/models", routes.models, schemas.ModelList)
     _add_get(app, "/v1/videos/{video_id}", routes.video, schemas.Video, 404)
     _add_get(app, "/v1/videos/{video_id}/content", routes.content, None, 400, 404, 409, 416)
+    _add_get(app, "/v1/videos/{video_id}/events", routes.events, None, 400, 404)
+    _add_get(app, "/v1/videos/{video_id}/stream", routes.stream, None, 400, 404)
+    app.add_api_route(
+        "/v1/videos/{video_id}",
+        routes.delete,
+        methods=["DELETE"],
+        response_model=schemas.VideoDeleted,
+        responses=_error_answers(404),
+    )
+    app.add_api_route(
+        "/v1/videos/{video_id}/cancel",
+        routes.cancel,
+        methods=["POST"],
+        response_model=schemas.Video,
+        responses=_error_answers(404),
+    )
     _add_get(app, "/v1/models", routes.models, schemas.ModelList)
     # A hub id holds a slash.
     _add_get(app, "/v1/models/{model_id:path}", routes.model, schemas.ModelItem, 404)
@@ -103,11 +133,12 @@ def create_app(service: VideoService, settings: ServerSettings) -> FastAPI:
     _add_get(app, "/live", routes.live, None)
     _add_get(app, "/version", routes.version, None)
     _add_metrics(app, routes.metrics)
+    _add_playground(app)
     _add_error_handlers(app)
     app.add_middleware(
         BodyLimit,
         default_bytes=settings.max_other_body_bytes,
-        bytes_by_path={GENERATIONS: settings.max_body_bytes},
+        bytes_by_path={GENERATIONS: settings.max_body_bytes, VIDEOS: settings.max_body_bytes},
     )
     app.add_middleware(RequestBoundary)
     app.add_middleware(RequestCount, metrics=metrics)
@@ -134,27 +165,109 @@ class _Routes:
         self._created = int(time.time())
 
     async def generate(self, request: Request) -> Response:
-        wants_mp4 = _wants_mp4(request)
-        base_url = _base_url(request)
-        parsed = await asyncio.to_thread(self._parse, await _read_body(request))
+        as_mp4 = wants_mp4(request)
+        base_url = base_url_of(request)
+        parsed = await asyncio.to_thread(self._parse, await read_body(request))
+        wait_s = 0.0 if parsed.is_async else preferred_wait_s(request)
         job = self._service.create(parsed)
-        video = await self._finish(request, job, detach=parsed.detach)
-        if wants_mp4:
+        if parsed.stream:
+            return self._streamed(request, job, parsed, as_mp4=as_mp4)
+        if wait_s is not None and not await _ends_within(job, wait_s):
+            return _accepted(job, base_url)
+        video = await self._finish(request, job, detach=parsed.detach or wait_s is not None)
+        if as_mp4:
             return whole_video(video, _mp4_headers(job))
         item = await _item(job, video, parsed, base_url)
         return JSONResponse(generation_object(job, item).model_dump())
 
+    def _streamed(self, request: Request, job: Job, parsed: ParsedRequest, *, as_mp4: bool) -> Response:
+        """Events, or live fMP4; a client that leaves cancels the job, unless it asked for `detach`."""
+        events = self._service.watch(job)
+        if as_mp4:
+            body, media_type = fmp4(events), "video/mp4"
+        else:
+            viewer = ServerSentEvents(self._service, job, base_url_of(request))
+            body, media_type = viewer.stream(events, None), "text/event-stream"
+        headers = {**STREAM_HEADERS, "x-video-id": job.id, "x-seed": str(job.request.params.seed)}
+        owned = body if parsed.detach else self._cancel_when_left(job, body)
+        return StreamingResponse(owned, headers=headers, media_type=media_type)
+
+    async def _cancel_when_left(self, job: Job, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        try:
+            async for piece in body:
+                yield piece
+        finally:
+            if not job.finished.is_set():
+                await asyncio.shield(self._service.cancel(job.id))
+
+    async def create(self, request: Request) -> Response:
+        """A job, answered at once; the SDK wants 200."""
+        base_url = base_url_of(request)
+        parsed = await asyncio.to_thread(self._parse, await read_body(request))
+        if parsed.stream:
+            raise InvalidRequestError(f"stream: only at {GENERATIONS}; watch a job at its events", param="stream")
+        job = self._service.create(parsed)
+        return JSONResponse(video_object(job, base_url).model_dump(), headers=_poll_headers(job))
+
+    async def videos(
+        self,
+        request: Request,
+        after: str | None = None,
+        limit: int = 20,
+        order: str = "desc",
+        status: str | None = None,
+    ) -> Response:
+        page = page_of(after, limit, order, status)
+        jobs, has_more = self._service.list(page)
+        data = [video_object(job, base_url_of(request)) for job in jobs]
+        answer = schemas.VideoList(
+            object="list",
+            data=data,
+            first_id=data[0].id if data else None,
+            last_id=data[-1].id if data else None,
+            has_more=has_more,
+        )
+        return JSONResponse(answer.model_dump())
+
+    async def cancel(self, request: Request, video_id: str) -> Response:
+        job = await self._service.cancel(video_id)
+        return JSONResponse(video_object(job, base_url_of(request)).model_dump())
+
+    async def delete(self, video_id: str) -> Response:
+        await self._service.delete(video_id)
+        return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
+
+    async def events(self, request: Request, video_id: str) -> Response:
+        """Never cancels the job. `Last-Event-ID` is k + 1 for segment k."""
+        job = self._service.get(video_id)
+        last_id = last_event_id(request)
+        viewer = ServerSentEvents(self._service, job, base_url_of(request))
+        body = viewer.stream(self._service.watch(job, last_id or 0), last_id)
+        return StreamingResponse(body, headers=STREAM_HEADERS, media_type="text/event-stream")
+
+    async def stream(self, video_id: str, from_segment: int = 0) -> Response:
+        """Never cancels the job."""
+        job = self._service.get(video_id)
+        if not 0 <= from_segment < job.request.params.num_chunks:
+            raise InvalidRequestError(
+                f"from_segment {from_segment}: the video has {job.request.params.num_chunks} segments, from 0",
+                param="from_segment",
+            )
+        body = fmp4(self._service.watch(job, from_segment))
+        return StreamingResponse(body, headers=STREAM_HEADERS, media_type="video/mp4")
+
     async def video(self, request: Request, video_id: str) -> Response:
         job = self._service.get(video_id)
-        headers = {"cache-control": "no-store"}
-        if not job.finished.is_set():
-            eta_ms = 8000.0 if job.eta_s is None else 1000 * job.eta_s
-            headers["openai-poll-after-ms"] = str(round(min(5000.0, max(250.0, eta_ms / 8))))
-        return JSONResponse(video_object(job, _base_url(request)).model_dump(), headers=headers)
+        return JSONResponse(video_object(job, base_url_of(request)).model_dump(), headers=_poll_headers(job))
 
     async def content(self, request: Request, video_id: str, variant: str = "video") -> Response:
+        if variant in STILL_TYPES:
+            body, media_type = await self._service.still(video_id, variant)
+            return Response(body, media_type=media_type, headers={"cache-control": "private, max-age=3600"})
         if variant != "video":
-            raise InvalidRequestError(f"variant {shown(variant)}: only video", param="variant")
+            raise InvalidRequestError(
+                f"variant {shown(variant)}: must be video, thumbnail, spritesheet or last_frame", param="variant"
+            )
         video = self._service.content(video_id)
         return video_response(request, video, {"content-disposition": f'attachment; filename="{video_id}.mp4"'})
 
@@ -181,14 +294,14 @@ class _Routes:
         return JSONResponse({"version": self._settings.version, "model": self._service.model.name})
 
     async def metrics(self, request: Request) -> Response:
-        weights = _accept_weights(request, "text/plain", "application/openmetrics-text")
+        weights = accept_weights(request, "text/plain", "application/openmetrics-text")
         wants_openmetrics = weights["application/openmetrics-text"] > weights["text/plain"]
         text, content_type = self._metrics.render(openmetrics=wants_openmetrics)
         return Response(text, headers={"content-type": content_type})
 
     def _parse(self, raw: bytes) -> ParsedRequest:
         """Runs in a thread: decoding a video takes long enough to stall every other client."""
-        return parse_generation(_json_object(raw), self._service.model, self._media, self._settings.limits)
+        return parse_generation(json_object(raw), self._service.model, self._media, self._settings.limits)
 
     async def _finish(self, request: Request, job: Job, *, detach: bool) -> StoredVideo:
         """Waits for the job. A client that leaves cancels it, unless it asked for `detach`."""
@@ -204,6 +317,31 @@ class _Routes:
             finished.cancel()
 
 
+def _poll_headers(job: Job) -> dict[str, str]:
+    """When to ask for an unfinished job again."""
+    headers = {"cache-control": "no-store"}
+    if not job.finished.is_set():
+        eta_ms = 8000.0 if job.eta_s is None else 1000 * job.eta_s
+        headers["openai-poll-after-ms"] = str(round(min(5000.0, max(250.0, eta_ms / 8))))
+    return headers
+
+
+def _accepted(job: Job, base_url: str) -> Response:
+    """202: the job goes on without its caller."""
+    body = {**video_object(job, base_url).model_dump(), "request_id": job.id}
+    headers = {**_poll_headers(job), "location": f"/v1/videos/{job.id}", "preference-applied": "respond-async"}
+    return JSONResponse(body, status_code=202, headers=headers)
+
+
+async def _ends_within(job: Job, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await job.finished.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
 async def _client_leaves(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -211,79 +349,6 @@ async def _client_leaves(request: Request) -> None:
 
 async def _only_post(request: Request) -> Response:
     raise HTTPException(405, headers={"allow": "POST"})
-
-
-async def _read_body(request: Request) -> bytes:
-    """Raises UnsupportedMediaTypeError unless the body is application/json."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise UnsupportedMediaTypeError(f"content-type {shown(content_type)}: only application/json")
-    return await request.body()
-
-
-def _json_object(raw: bytes) -> dict[str, object]:
-    """Raises InvalidRequestError `malformed_body` unless `raw` is a JSON object that can be written again."""
-    try:
-        body = json.loads(raw, object_pairs_hook=_object, parse_constant=_refuse_constant)
-        if _SURROGATE.search(raw) is not None:
-            json.dumps(body, ensure_ascii=False).encode()
-    except RecursionError:
-        raise _malformed("nested too deeply") from None
-    except UnicodeEncodeError:
-        raise _malformed("a string has an unpaired surrogate") from None
-    except ValueError as error:
-        raise _malformed(str(error)[:200]) from None
-    if not isinstance(body, dict):
-        raise _malformed(f"it is {shown(body)}")
-    return body
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("an object has the same key twice")
-    return result
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _malformed(problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"body: not a JSON object: {problem}", code="malformed_body")
-
-
-def _base_url(request: Request) -> str:
-    return str(request.base_url).rstrip("/")
-
-
-def _wants_mp4(request: Request) -> bool:
-    """Whether the Accept header prefers MP4; JSON wins a tie."""
-    weights = _accept_weights(request, "application/json", "video/mp4")
-    if not any(quality > 0 for quality, _ in weights.values()):
-        accept = request.headers["accept"]
-        raise NotAcceptableError(f"accept {shown(accept)}: only application/json and video/mp4", param="accept")
-    return weights["video/mp4"] > weights["application/json"]
-
-
-def _accept_weights(request: Request, *kinds: str) -> dict[str, tuple[float, bool]]:
-    """How much the Accept header wants each media type: its quality, then whether it is named rather than matched."""
-    accept = request.headers.get("accept", "*/*") or "*/*"
-    weights = dict.fromkeys(kinds, (0.0, False))
-    for entry in accept.split(","):
-        media_range, *parameters = (part.strip().lower() for part in entry.split(";"))
-        quality = next((_quality(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
-        for kind in kinds:
-            if quality > 0 and media_range in ("*/*", kind, kind.split("/")[0] + "/*"):
-                weights[kind] = max(weights[kind], (quality, media_range == kind))
-    return weights
-
-
-def _quality(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 1.0
 
 
 async def _item(job: Job, video: StoredVideo, parsed: ParsedRequest, base_url: str) -> schemas.GenerationItem:
@@ -309,6 +374,23 @@ def _add_get(
     """A GET route that answers HEAD too, which the framework does not do by itself."""
     app.add_api_route(path, endpoint, methods=["GET"], response_model=answer, responses=_error_answers(*error_statuses))
     app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
+
+
+def _add_playground(app: FastAPI) -> None:
+    """The page at `/` and what it loads."""
+    headers = playground_headers()
+
+    def answer(file: PlaygroundFile) -> Callable[[Request], Awaitable[Response]]:
+        async def serve(request: Request) -> Response:
+            own = {**headers, "etag": file.etag}
+            if request.headers.get("if-none-match") == file.etag:
+                return Response(status_code=304, headers=own)
+            return Response(file.body, headers=own, media_type=file.media_type)
+
+        return serve
+
+    for path, file in playground_files().items():
+        app.add_api_route(path, answer(file), methods=["GET", "HEAD"], include_in_schema=False)
 
 
 def _add_metrics(app: FastAPI, endpoint: Callable[..., Any]) -> None:

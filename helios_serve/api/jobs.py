@@ -13,7 +13,7 @@ from helios_serve.api import schemas
 from helios_serve.api.convert import Limits, ParsedRequest
 from helios_serve.api.sampling import ParameterWarning
 from helios_serve.errors import HeliosError
-from helios_serve.types import FRAMES_PER_CHUNK, ModelInfo, VideoRequest
+from helios_serve.types import FRAMES_PER_CHUNK, ModelInfo, StepCursor, VideoRequest
 
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 
@@ -27,6 +27,17 @@ class StoredVideo:
     etag: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSegment:
+    """The encoded frames of one chunk on disk; `init` is that of the whole video."""
+
+    path: Path
+    init: bytes
+    index: int
+    start_frame: int
+    num_frames: int
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
     """One request on its way to a video. Mutable; its one owner is the service."""
@@ -36,6 +47,8 @@ class Job:
     warnings: tuple[ParameterWarning, ...]
     user: str | None
     metadata: Mapping[str, str] | None
+    with_segments: bool
+    """Whether its events carry the segments, or progress alone."""
     state: State = "queued"
     created_at: float = field(default_factory=time.time)
     """Unix seconds."""
@@ -47,9 +60,13 @@ class Job:
     queue_ms: int | None = None
     first_segment_ms: int | None = None
     total_ms: int | None = None
+    cursor: StepCursor | None = None
+    """The last step that was done."""
+    segments: list[StoredSegment] = field(default_factory=list)
     video: StoredVideo | None = None
     error: HeliosError | None = None
     finished: asyncio.Event = field(default_factory=asyncio.Event)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def id(self) -> str:
@@ -73,6 +90,14 @@ class Job:
             return None
         return self.elapsed_ms / 1000 * (100 - self.progress) / self.progress
 
+    def changed(self) -> None:
+        """Wakes whoever watches the job."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_change(self) -> None:
+        await self._changed.wait()
+
     def drop_media(self) -> None:
         """Forgets the input pictures, which can be hundreds of megabytes."""
         self.request = replace(self.request, image=None, video=None)
@@ -86,6 +111,7 @@ def job_from(parsed: ParsedRequest, model: ModelInfo) -> Job:
         warnings=parsed.warnings,
         user=parsed.user,
         metadata=parsed.metadata,
+        with_segments=parsed.with_segments,
     )
 
 
@@ -118,9 +144,14 @@ def video_object(job: Job, base_url: str) -> schemas.Video:
             steps=list(job.request.params.steps),
             queue_position=None,
             eta_seconds=None if job.eta_s is None else round(job.eta_s, 3),
-            urls=schemas.VideoUrls(content=content_url(job, base_url), stream=None, events=None, hls=None),
+            urls=schemas.VideoUrls(
+                content=content_url(job, base_url),
+                stream=f"{base_url}/v1/videos/{job.id}/stream",
+                events=f"{base_url}/v1/videos/{job.id}/events",
+                hls=None,
+            ),
             timing=_timing(job),
-            usage=_usage(job),
+            usage=generation_usage(job),
             warnings=_warnings(job),
             user=job.user,
             metadata=None if job.metadata is None else dict(job.metadata),
@@ -140,7 +171,7 @@ def generation_object(job: Job, item: schemas.GenerationItem) -> schemas.Generat
         size=_size(job),
         seconds=_seconds(job),
         output_format="mp4",
-        usage=_usage(job),
+        usage=generation_usage(job),
         helios=schemas.GenerationDetails(
             seed=job.request.params.seed,
             fps=_plain(job.request.params.fps),
@@ -195,7 +226,8 @@ def _seconds(job: Job) -> str:
     return f"{params.num_output_frames / params.fps:.3f}".rstrip("0").rstrip(".")
 
 
-def _usage(job: Job) -> schemas.Usage:
+def generation_usage(job: Job) -> schemas.Usage:
+    """What a job has taken so far."""
     params = job.request.params
     return schemas.Usage(
         num_frames=params.num_output_frames,

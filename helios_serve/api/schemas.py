@@ -302,6 +302,24 @@ class Video(BaseModel):
     helios: VideoDetails
 
 
+class VideoList(BaseModel):
+    """A page of jobs; ask for the next one with `after` = `last_id`."""
+
+    object: Literal["list"]
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    """The job and its files are gone."""
+
+    id: str
+    object: Literal["video.deleted"]
+    deleted: Literal[True]
+
+
 class ModelDetails(BaseModel):
     """What a served checkpoint can do."""
 

@@ -12,15 +12,16 @@ import copy
 import hashlib
 import logging
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from helios_serve.api.convert import ParsedRequest
-from helios_serve.api.jobs import Job, StoredVideo, job_from
+from helios_serve.api.jobs import Job, State, StoredSegment, StoredVideo, job_from
 from helios_serve.errors import (
     CapacityError,
     ConflictError,
@@ -29,12 +30,44 @@ from helios_serve.errors import (
     InvalidRequestError,
     NotFoundError,
 )
-from helios_serve.types import Completed, Event, Failure, ModelInfo, Progress, SegmentReady, VideoRequest
+from helios_serve.types import (
+    Completed,
+    Event,
+    Failure,
+    ModelInfo,
+    Progress,
+    SamplingParams,
+    Segment,
+    SegmentReady,
+    StepCursor,
+    VideoRequest,
+)
 
 logger = logging.getLogger(__name__)
 
 Muxer = Callable[[bytes, Sequence[bytes]], bytes]
 """(init, media of all segments in order) -> a progressive MP4."""
+
+
+Still = Literal["thumbnail", "spritesheet", "last_frame"]
+STILL_TYPES: dict[Still, str] = {"thumbnail": "image/webp", "spritesheet": "image/jpeg", "last_frame": "image/png"}
+"""Pictures of a video, and their media types."""
+
+
+class Stills(Protocol):
+    """Takes pictures from segments."""
+
+    def thumbnail(self, init: bytes, media: bytes) -> bytes:
+        """WebP of a segment's first frame."""
+        ...
+
+    def last_frame(self, init: bytes, media: bytes) -> bytes:
+        """PNG of a segment's last frame."""
+        ...
+
+    def spritesheet(self, init: bytes, media: Sequence[bytes], frames_per_tile: int) -> bytes:
+        """JPEG of one frame in `frames_per_tile`."""
+        ...
 
 
 class Engine(Protocol):
@@ -48,6 +81,41 @@ class Engine(Protocol):
         """Whether requests would be served now."""
         ...
 
+    def generated_fps(self, params: SamplingParams) -> float:
+        """Frames per second at which a video with these parameters would be made alone."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobProgress:
+    """A job has moved: `cursor` is the last step that was done, None before the first."""
+
+    cursor: StepCursor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSegment:
+    """A segment of a job, read from where it is kept."""
+
+    index: int
+    init: bytes
+    media: bytes
+    start_frame: int
+    num_frames: int
+    fps: float
+    prompt_weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEnded:
+    """A job has ended; `error` is None when it completed."""
+
+    error: HeliosError | None
+
+
+JobEvent = JobProgress | JobSegment | JobEnded
+"""What a watcher of a job sees: progress at most once per change that it had time for, every segment, one end."""
+
 
 class GenerationTimeoutError(HeliosError):
     """The job waited or ran too long (HTTP 504)."""
@@ -57,6 +125,16 @@ class GenerationTimeoutError(HeliosError):
 
 class InternalError(HeliosError):
     """A defect on our side; the log has the cause (HTTP 500)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Part of a list of jobs in order of (created_at, id): at most `limit` behind the job `after`."""
+
+    limit: int = 20
+    after: str | None = None
+    newest_first: bool = True
+    states: frozenset[State] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +153,13 @@ class ServiceConfig:
 class VideoService:
     """One object per process; every method runs on its event loop."""
 
-    def __init__(self, *, engine: Engine, muxer: Muxer, model: ModelInfo, config: ServiceConfig) -> None:
+    def __init__(
+        self, *, engine: Engine, muxer: Muxer, stills: Stills, model: ModelInfo, config: ServiceConfig
+    ) -> None:
         self.model = model
         self._engine = engine
         self._muxer = muxer
+        self._stills = stills
         self._config = config
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -86,6 +167,7 @@ class VideoService:
         self._finished_ids: deque[str] = deque()
         self._videos_dir = config.data_dir / "videos"
         self._videos_dir.mkdir(parents=True, exist_ok=True)
+        self._remove_segments()
 
     def is_ready(self) -> bool:
         """Whether a request would be served now."""
@@ -142,12 +224,85 @@ class VideoService:
             raise ConflictError(f"video {job.id}: {job.state}: {job.error.message}", code="video_failed")
         return self._video_of(job)
 
+    async def still(self, video_id: str, variant: Still) -> tuple[bytes, str]:
+        """A picture of a video, and its media type. The thumbnail is there with the first segment, the others at the
+        end.
+
+        Raises: NotFoundError, ConflictError as `content` does.
+        """
+        job = self.get(video_id)
+        if variant != "thumbnail" or not job.segments:
+            self.content(video_id)
+        segments, a_second = list(job.segments), max(1, round(job.request.params.fps))
+
+        def take() -> bytes:
+            init, first, last = segments[0].init, segments[0].path, segments[-1].path
+            if variant == "thumbnail":
+                return self._stills.thumbnail(init, first.read_bytes())
+            if variant == "last_frame":
+                return self._stills.last_frame(init, last.read_bytes())
+            return self._stills.spritesheet(init, [segment.path.read_bytes() for segment in segments], a_second)
+
+        return await asyncio.to_thread(take), STILL_TYPES[variant]
+
+    def list(self, page: Page) -> tuple[list[Job], bool]:
+        """The jobs of a page, and whether more follow.
+
+        Raises: NotFoundError for an unknown `after`.
+        """
+        jobs = sorted(self._jobs.values(), key=lambda job: (job.created_at, job.id), reverse=page.newest_first)
+        if page.after is not None:
+            jobs = jobs[jobs.index(self.get(page.after)) + 1 :]
+        if page.states is not None:
+            jobs = [job for job in jobs if job.state in page.states]
+        return jobs[: page.limit], len(jobs) > page.limit
+
+    async def delete(self, video_id: str) -> None:
+        """Ends a job if it runs, and forgets it with its files.
+
+        Raises: NotFoundError.
+        """
+        job = await self.cancel(video_id)
+        if job.id in self._jobs:
+            self._finished_ids.remove(job.id)
+            self._forget(job.id)
+
+    async def watch(self, job: Job, start: int = 0) -> AsyncGenerator[JobEvent, None]:
+        """A job from segment `start` on, to its end; several may watch, and none of them holds the job up."""
+        following, last_cursor, is_queued = start, None, False
+        while True:
+            if not is_queued and job.state == "queued":
+                is_queued = True
+                yield JobProgress(cursor=None)
+            elif job.cursor is not None and job.cursor != last_cursor:
+                last_cursor = job.cursor
+                yield JobProgress(cursor=last_cursor)
+            while following < len(job.segments):
+                yield await asyncio.to_thread(_read_segment, job.request, job.segments[following])
+                following += 1
+            if job.finished.is_set():
+                if following >= len(job.segments):
+                    yield JobEnded(error=None if job.error is None else copy.copy(job.error))
+                    return
+            elif following >= len(job.segments) and job.cursor == last_cursor:
+                await job.wait_change()
+
+    def generated_fps(self, params: SamplingParams) -> float:
+        """Frames per second at which such a video would be made alone."""
+        return self._engine.generated_fps(params)
+
     async def close(self) -> None:
-        """Cancels what runs and waits for it."""
-        tasks = list(self._tasks.values())
+        """Cancels what runs, waits for it, and removes the segments; finished videos stay."""
+        tasks = [*self._tasks.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._remove_segments()
+
+    def _remove_segments(self) -> None:
+        """Segments serve the viewers of jobs that this process knows."""
+        for folder in self._videos_dir.glob("video_*/"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _video_of(self, job: Job) -> StoredVideo:
         if job.error is not None:
@@ -157,24 +312,24 @@ class VideoService:
 
     async def _run(self, job: Job) -> None:
         """Follows the engine's events to the end; raises what ended the job early."""
-        init, media, completed = b"", list[bytes](), False
+        completed = False
+        folder = self._videos_dir / job.id
         async with contextlib.aclosing(self._engine.submit(job.request)) as events:
             async for event in events:
                 if isinstance(event, Progress):
                     _note_step(job, event)
                 elif isinstance(event, SegmentReady):
-                    _note_segment(job)
-                    init = event.segment.init
-                    media.append(event.segment.media)
+                    stored = await asyncio.to_thread(_store_segment, folder, event.segment)
+                    _note_segment(job, stored)
                 elif isinstance(event, Failure):
                     raise error_of(event)
                 elif isinstance(event, Completed):
                     completed = True
-        if not completed or not media:
+        if not completed or not job.segments:
             raise GenerationError("the engine ended the request without a video")
         path = self._videos_dir / f"{job.id}.mp4"
         self._storing.add(job.id)
-        job.video = await asyncio.to_thread(_store, path, self._muxer, init, media)
+        job.video = await asyncio.to_thread(_store, path, self._muxer, job.segments)
 
     def _end(self, job: Job, task: asyncio.Task[None]) -> None:
         """Gives the job its final state, whatever ended its task, and forgets the oldest finished jobs."""
@@ -194,6 +349,7 @@ class VideoService:
         self._storing.discard(job.id)
         del self._tasks[job.id]
         job.finished.set()
+        job.changed()
         self._finished_ids.append(job.id)
         while len(self._finished_ids) > self._config.max_kept:
             self._forget(self._finished_ids.popleft())
@@ -202,6 +358,7 @@ class VideoService:
         job = self._jobs.pop(video_id)
         if job.video is not None:
             job.video.path.unlink(missing_ok=True)
+        shutil.rmtree(self._videos_dir / video_id, ignore_errors=True)
 
 
 def error_of(failure: Failure) -> HeliosError:
@@ -224,17 +381,46 @@ def _note_step(job: Job, event: Progress) -> None:
         job.queue_ms = max(0, job.elapsed_ms - round(event.device_ms))
     job.steps_done += 1
     job.device_ms += event.device_ms
+    job.cursor = event.cursor
+    job.changed()
 
 
-def _note_segment(job: Job) -> None:
+def _note_segment(job: Job, segment: StoredSegment) -> None:
+    job.segments.append(segment)
     job.chunks_done += 1
     if job.first_segment_ms is None:
         job.first_segment_ms = job.elapsed_ms
+    job.changed()
 
 
-def _store(path: Path, muxer: Muxer, init: bytes, media: Sequence[bytes]) -> StoredVideo:
+def _store_segment(folder: Path, segment: Segment) -> StoredSegment:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{segment.chunk}.m4s"
+    path.write_bytes(segment.media)
+    return StoredSegment(
+        path=path,
+        init=segment.init,
+        index=segment.chunk,
+        start_frame=segment.start_frame,
+        num_frames=segment.num_frames,
+    )
+
+
+def _read_segment(request: VideoRequest, stored: StoredSegment) -> JobSegment:
+    return JobSegment(
+        index=stored.index,
+        init=stored.init,
+        media=stored.path.read_bytes(),
+        start_frame=stored.start_frame,
+        num_frames=stored.num_frames,
+        fps=request.params.fps,
+        prompt_weight=request.prompt_weight(stored.index),
+    )
+
+
+def _store(path: Path, muxer: Muxer, segments: Sequence[StoredSegment]) -> StoredVideo:
     """Joins the segments and writes them in one rename, so that a reader never sees half a file."""
-    data = muxer(init, media)
+    data = muxer(segments[0].init, [segment.path.read_bytes() for segment in segments])
     part = path.with_suffix(".part")
     part.write_bytes(data)
     os.replace(part, path)

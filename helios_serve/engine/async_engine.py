@@ -17,7 +17,7 @@ from helios_serve.engine.recorder import Recorder
 from helios_serve.engine.step_cost import CostModel
 from helios_serve.errors import CapacityError
 from helios_serve.telemetry import Metrics
-from helios_serve.types import Completed, Event, ExecutorEvent, Failure, Role, VideoRequest
+from helios_serve.types import Completed, Event, ExecutorEvent, Failure, Role, SamplingParams, VideoRequest
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,10 @@ class AsyncEngine:
     def missing_roles(self) -> list[Role]:
         """Roles without a group that takes tasks."""
         return self._engine.missing_roles()
+
+    def generated_fps(self, params: SamplingParams) -> float:
+        """Frames per second at which a video with these parameters would be made alone, as far as is known now."""
+        return self._engine.generated_fps(params)
 
     @property
     def num_requests(self) -> int:

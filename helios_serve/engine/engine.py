@@ -25,6 +25,7 @@ from helios_serve.engine.scheduler import new_state
 from helios_serve.engine.step_cost import REFERENCE_PIXELS, CostModel
 from helios_serve.errors import CapacityError, HeliosError, InvalidRequestError, QuotaError
 from helios_serve.types import (
+    FRAMES_PER_CHUNK,
     Aborted,
     Beat,
     ChunkRecord,
@@ -78,11 +79,14 @@ class Engine:
         self._recorder = recorder
         self._admission = AdmissionConfig(ttfc_target_s=config.ttfc_target_s, max_queue_wait_s=config.max_queue_wait_s)
         self._runs: dict[str, RequestRun] = {}
+        self._unfinished: dict[str, RequestRun] = {}
+        """Those with chunks still to be denoised, in order of arrival."""
         self._tenants = Tenants()
         self._groups = DitGroups(executor, model, config)
         self._encoders = RolePool(slots=1)
         self._vaes = RolePool(slots=config.slots_per_vae)
         self._incarnations: dict[str, int] = {}
+        self._condemned: set[str] = set()
         self._roles: dict[str, Role] = {}
         self._liveness = Liveness(LivenessConfig())
         self._poison = PoisonList(config.poison_s)
@@ -111,6 +115,10 @@ class Engine:
         """Whether nothing runs any more."""
         return self._groups.is_idle and self._vaes.is_idle and self._vaes.num_waiting == 0
 
+    def generated_fps(self, params: SamplingParams) -> float:
+        """Frames per second at which one group alone makes a video with these parameters, as far as is known now."""
+        return FRAMES_PER_CHUNK / self._model.timing(params, 1, self._groups.num_ranks).occupied_s
+
     def submit(self, request: VideoRequest, now: float) -> None:
         """Accepts a request.
 
@@ -130,7 +138,7 @@ class Engine:
         tenant = self._tenants.get(request.tenant)
         state = new_state(request, arrival, tenant, self._model, self._groups.scheduler_config)
         run = RequestRun(state=state, accepted_at=now)
-        self._runs[request.request_id] = run
+        self._runs[request.request_id] = self._unfinished[request.request_id] = run
         if not state.live:
             self._tenants.enter(tenant)
         self._encoders.add(
@@ -194,17 +202,10 @@ class Engine:
         for group, job in self._encoders.assign(now):
             self._executor.submit(group, [job.make_task(job.task_id)])
         if not self._is_draining:
-            self._groups.dispatch(self._unfinished(), now)
+            self._groups.dispatch(list(self._unfinished.values()), now)
         for group, job in self._vaes.assign(now):
             self._executor.submit(group, [job.make_task(job.task_id)])
         self._model.vae_queue_s = self._vaes.waiting_s / max(1, self._vaes.num_members)
-        num_running = sum(run.started_at is not None for run in self._runs.values())
-        depths: dict[Role, int] = {
-            "encoder": self._encoders.num_waiting,
-            "dit": sum(run.state.is_ready and run.state.group_id is None for run in self._unfinished()),
-            "vae": self._vaes.num_waiting,
-        }
-        self._recorder.queues(num_running=num_running, num_waiting=len(self._runs) - num_running, depths=depths)
 
     def tick(self, now: float, interval_s: float) -> None:
         """Judges the groups; call it every `interval_s`."""
@@ -214,16 +215,22 @@ class Engine:
             self._condemn(group, why)
         for group, role in self._roles.items():
             self._recorder.progress_age(role, group, self._liveness.progress_age_s(group, now))
+        self._record_queues()
 
     def next_wake(self, now: float) -> float | None:
         """When `turn` should be called though nothing happened."""
         if self._is_draining:
             return None
-        return self._groups.next_wake(self._unfinished(), now)
+        return self._groups.next_wake(list(self._unfinished.values()), now)
 
-    def _unfinished(self) -> list[RequestRun]:
-        """Requests with chunks still to be denoised, in order of arrival."""
-        return [run for run in self._runs.values() if not run.state.has_ended]
+    def _record_queues(self) -> None:
+        num_running = sum(run.started_at is not None for run in self._runs.values())
+        depths: dict[Role, int] = {
+            "encoder": self._encoders.num_waiting,
+            "dit": sum(run.state.is_ready and run.state.group_id is None for run in self._unfinished.values()),
+            "vae": self._vaes.num_waiting,
+        }
+        self._recorder.queues(num_running=num_running, num_waiting=len(self._runs) - num_running, depths=depths)
 
     def _admit(self, request: VideoRequest, now: float) -> Applicant:
         missing = self.missing_roles()
@@ -283,6 +290,8 @@ class Engine:
             return
         self._recorder.phases((event.phase,))
         state, chunk = run.state, run.state.next_chunk - 1
+        if state.has_ended:
+            del self._unfinished[run.request_id]
         run.add(ChunkRecord(chunk=chunk, latents=event.latents, generator_state=event.generator_state))
         self._executor.drop([*run.take_parked(), *run.spent_refs()])
         deadline = state.deadline - state.period_s if state.live else math.inf
@@ -386,6 +395,7 @@ class Engine:
         if role is None:
             return
         logger.warning("group %s is lost: %s", event.group, event.why)
+        self._condemned.discard(event.group)
         self._liveness.down(event.group)
         self._recorder.lost(role, event.group)
         if role == "dit":
@@ -432,7 +442,10 @@ class Engine:
         return max(self._config.stuck_floor_s, timeout)
 
     def _condemn(self, group: str, why: str) -> None:
+        if group in self._condemned:  # its loss is on its way; the next incarnation must not be meant
+            return
         logger.error("group %s is condemned: %s", group, why)
+        self._condemned.add(group)
         self._liveness.down(group)
         self._executor.condemn(group, why)
 
@@ -452,6 +465,7 @@ class Engine:
     def _end(self, run: RequestRun) -> None:
         """Forgets a request; what still runs for it is told to stop, and its results will be dropped."""
         del self._runs[run.request_id]
+        self._unfinished.pop(run.request_id, None)
         run.is_over = run.state.is_cancelled = True
         if not run.state.live:
             self._tenants.leave(run.state.tenant)

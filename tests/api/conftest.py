@@ -23,6 +23,7 @@ from helios_serve.types import (
     Frames,
     ModelInfo,
     Progress,
+    SamplingParams,
     Segment,
     SegmentReady,
     StepCursor,
@@ -56,6 +57,9 @@ class FakeEngine:
 
     def is_ready(self) -> bool:
         return self.ready
+
+    def generated_fps(self, params: SamplingParams) -> float:
+        return 12.0
 
     async def submit(self, request: VideoRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
@@ -104,6 +108,19 @@ def join(init: bytes, media: Sequence[bytes]) -> bytes:
     return init + b"".join(media)
 
 
+class FakeStills:
+    """Names what it was asked for."""
+
+    def thumbnail(self, init: bytes, media: bytes) -> bytes:
+        return b"thumbnail of " + media
+
+    def last_frame(self, init: bytes, media: bytes) -> bytes:
+        return b"last frame of " + media
+
+    def spritesheet(self, init: bytes, media: Sequence[bytes], frames_per_tile: int) -> bytes:
+        return f"every {frames_per_tile}th of ".encode() + b"".join(media)
+
+
 class FakeDecoder:
     """PNG magic makes an image; `frames=N` makes a video."""
 
@@ -120,7 +137,7 @@ class FakeDecoder:
 
 def make_app(engine: FakeEngine, data_dir: Path, *, max_kept: int = 100, max_active: int = 64) -> FastAPI:
     config = ServiceConfig(data_dir=data_dir, max_kept=max_kept, max_active=max_active)
-    service = VideoService(engine=engine, muxer=join, model=DISTILLED, config=config)
+    service = VideoService(engine=engine, muxer=join, stills=FakeStills(), model=DISTILLED, config=config)
     limits = Limits(model_aliases=("org/Helios-Distilled",))
     settings = ServerSettings(decoder=FakeDecoder(), version="1.2.3", limits=limits, max_body_bytes=200_000)
     return create_app(service, settings)

@@ -136,7 +136,7 @@ def test_etag(client: TestClient) -> None:
         ("GET", "/v1/videos/video_0/content", 404, "video_not_found"),
         ("GET", "/v1/videos/..%2F..%2Fetc%2Fpasswd/content", 404, "route_not_found"),
         ("GET", "/v1/models/gpt-4", 404, "model_not_found"),
-        ("GET", "/v1/videos/x/content?variant=thumbnail", 400, "invalid_value"),
+        ("GET", "/v1/videos/x/content?variant=poster", 400, "invalid_value"),
     ],
 )
 def test_error_shape(client: TestClient, method: str, path: str, status: int, code: str) -> None:

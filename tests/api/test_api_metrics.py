@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from helios_serve.api.http_server import ServerSettings, create_app
 from helios_serve.api.service import ServiceConfig, VideoService
 from helios_serve.telemetry import Metrics
-from tests.api.conftest import DISTILLED, FakeDecoder, FakeEngine, join
+from tests.api.conftest import DISTILLED, FakeDecoder, FakeEngine, FakeStills, join
 
 URL = "/v1/videos/generations"
 
@@ -170,7 +170,11 @@ def test_the_servers_own_metrics_are_shown(engine: FakeEngine, tmp_path: Path) -
     clients, all_metrics = [], []
     for name in ("one", "two"):
         service = VideoService(
-            engine=engine, muxer=join, model=DISTILLED, config=ServiceConfig(data_dir=tmp_path / name)
+            engine=engine,
+            muxer=join,
+            stills=FakeStills(),
+            model=DISTILLED,
+            config=ServiceConfig(data_dir=tmp_path / name),
         )
         all_metrics.append(Metrics("helios-distilled", alias="vllm"))
         settings = ServerSettings(decoder=FakeDecoder(), version="1", metrics=all_metrics[-1])
