@@ -7,7 +7,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-faults check fix clean
+.PHONY: help setup serve test test-faults test-browser check fix clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
@@ -24,11 +24,14 @@ $(READY): pyproject.toml constraints.txt
 serve: $(READY) ## Serve the embedded tiny checkpoint on 127.0.0.1:8000; ARGS="DIR --port 9000" for another
 	$(BIN)/helios-serve serve $(ARGS)
 
-test: $(READY) ## Run the tests but those of test-faults, two processes with one thread each
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not ray" $(ARGS)
+test: $(READY) ## Run the tests but those of the two targets below, two processes with one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not ray and not browser" $(ARGS)
 
 test-faults: $(READY) ## Kill, freeze and crash the workers of a real Ray cluster
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m ray $(ARGS)
+
+test-browser: $(READY) ## Drive the page in Chromium; skips, naming what is missing, without it
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser $(ARGS)
 
 check: $(READY) ## Format, lint, types and import rules
 	$(BIN)/ruff format --check .
