@@ -201,13 +201,11 @@ class DitGroups:
         return flight.run
 
     def aborted(self, task_id: str, now: float) -> RequestRun | None:
-        """A chunk left its group and begins anew if it is run again."""
+        """A chunk left its group and lost its progress: its request is over, or the server shuts down."""
         flight = self._land(task_id)
         if flight is None:
             return None
-        attempt = flight.run.state.attempt
         flight.run.state.lost(now)
-        flight.run.state.attempt = attempt  # it was told to leave: not a try of its own
         return flight.run
 
     def failed(self, task_id: str, now: float) -> RequestRun | None:

@@ -8,7 +8,18 @@ import pytest
 
 from helios_serve.config import EngineConfig
 from helios_serve.errors import CapacityError
-from helios_serve.types import ChunkTask, Completed, DecodeTask, EncodeTask, Failure, RoleTask, TaskDone, TensorRef
+from helios_serve.types import (
+    ChunkTask,
+    Completed,
+    Decoded,
+    DecodeTask,
+    EncodeTask,
+    Failure,
+    RoleTask,
+    Segment,
+    TaskDone,
+    TensorRef,
+)
 from tests.engine.simulation import World, video
 
 LONG = EngineConfig(stuck_floor_s=5.0, chunk_floor_s=10.0, max_attempts=8)
@@ -176,6 +187,61 @@ def test_a_late_loop_condemns_nobody() -> None:
     world._events = [(max(world.now, when), n, work) for when, n, work in world._events]
     world.run_for(3.0)
     assert world.machine.num_condemned == 0
+
+
+def test_a_group_is_condemned_once_until_its_loss_is_told() -> None:
+    """Telling may take longer than a tick; a second verdict would hit the group that was made anew."""
+    world = World()
+    world.run_for(0.1)
+    condemned: list[str] = []
+    world.machine.condemn = lambda group, _: condemned.append(group)  # type: ignore[method-assign]
+    world.submit(video("one", num_chunks=2))
+    world.run(lambda: "one" in world.first_step_at)
+    world.machine.groups["dit-0"].is_frozen = world.machine.groups["dit-1"].is_frozen = True
+    world.run_for(60.0)
+    assert sorted(condemned) == ["dit-0", "dit-1"]
+
+
+def test_a_late_decoding_of_an_earlier_attempt_is_ignored() -> None:
+    world = World(num_vaes=2)
+    world.run_for(0.1)
+    world.machine.decode_s = 5.0
+    world.submit(video("one", num_chunks=2))
+    vaes = [group for group in world.machine.groups.values() if group.role == "vae"]
+    world.run(lambda: any(group.running for group in vaes))
+    busy = next(group for group in vaes if group.running)
+    (task,) = [running.task for running in busy.running.values()]
+    assert isinstance(task, DecodeTask)
+    world.machine.kill(busy.name)
+    world.run_for(0.1)
+    stale = Segment(request_id="one", chunk=0, start_frame=0, num_frames=33, init=b"init", media=b"stale")
+    world._emit(Decoded(task_id=task.task_id, segment=stale, latents_digest="", phases=()))
+    world.run()
+    world.check_history()
+
+
+def test_a_request_that_recovered_shares_forwards_again() -> None:
+    world = World(num_dits=1, config=EngineConfig(batching="always"))
+    world.run_for(0.1)
+    failed: list[str] = []
+
+    def verdict(task: RoleTask) -> str | None:
+        if isinstance(task, ChunkTask) and task.request_id == "one" and not failed:
+            failed.append(task.task_id)
+            return "nan"
+        return None
+
+    world.machine.verdict = verdict
+    for name in ("one", "other"):
+        world.submit(video(name, num_chunks=6))
+    group = world.machine.groups["dit-0"]
+    together = 0
+    while world.engine.num_requests:
+        world.run_for(0.1)
+        chunks = {r.task.request_id: r.task.chunk for r in group.running.values() if isinstance(r.task, ChunkTask)}
+        together = max(together, chunks.get("one", 0) if len(chunks) == 2 else 0)
+    world.check_history()
+    assert together >= 2, "after its first chunk, made alone, it was packed again"
 
 
 @pytest.mark.parametrize("verdict", ["nan", "error"])
