@@ -82,14 +82,17 @@ def setup(num_ranks: int, load: float = 0.85, *, num_gpus: int = 8, steps: tuple
 
 
 def make_workload(cell: Setup, seed: int) -> list[Incoming]:
-    """Two independent Poisson processes, 60 % of the work live; nominal work per job counts the doubled first chunk."""
+    """Two independent Poisson processes, 60 % of the work live; nominal work per job counts the doubled first chunk.
+
+    The order of the draws is a choice: docs/log.md, 2026-11-26, says what others give.
+    """
     rng, world = Random(seed * 7919 + 17), cell.world
     chunk_tflop = sum(n * f for n, f in zip(world.steps, PAPER_TFLOP, strict=True))
     rate = cell.load * world.num_groups * world.num_ranks * 700 / chunk_tflop
     found: list[Incoming] = []
     now = rng.expovariate(rate * 0.6 / (MEAN_LIVE_CHUNKS + 1))
     while now < world.run_s:
-        seconds, fps = rng.uniform(10, 40), rng.choice((16.0, 24.0))
+        fps, seconds = rng.choice((16.0, 24.0)), rng.uniform(10, 40)
         num_chunks = max(2, math.ceil(seconds * fps / 33))
         found.append(Incoming(at=now, live=True, fps=fps, num_chunks=num_chunks, tenant=f"t{rng.randrange(20)}"))
         now += rng.expovariate(rate * 0.6 / (MEAN_LIVE_CHUNKS + 1))
