@@ -67,6 +67,8 @@ class AsyncEngine:
                     await self._changed.wait()
         except TimeoutError:
             logger.warning("some chunks did not end within %g s and are given up", self._config.drain_s)
+        if self._ticking is None:  # another call was faster
+            return
         self._engine.fail_all("draining", "the server is shutting down; send the request again", time.monotonic())
         self._ticking.cancel()
         self._ticking = None

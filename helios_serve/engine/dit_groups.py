@@ -29,6 +29,8 @@ class _Flight:
     task: ChunkTask
     group: str
     started_at: float
+    sharing: int = 1
+    """The most chunks that its pack held at a tick."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +144,7 @@ class DitGroups:
                 if run.started_at is None:
                     run.started_at = now
                 tasks.append(task)
+                flying[item.request_id] = task.task_id
             if is_start:
                 group.forward_began(now, self._model)
             self._executor.submit(action.group, tasks)
@@ -208,12 +211,13 @@ class DitGroups:
         flight.run.state.lost(now)
         return flight.run
 
-    def failed(self, task_id: str, now: float) -> RequestRun | None:
+    def failed(self, task_id: str, now: float, *, is_callers_fault: bool) -> RequestRun | None:
         """A chunk failed on a group that goes on: it runs alone next, and elsewhere if there is another group."""
         flight = self._land(task_id)
         if flight is None:
             return None
-        self._failed_on[flight.group].add(flight.run.request_id)
+        if not is_callers_fault:
+            self._failed_on[flight.group].add(flight.run.request_id)
         flight.run.state.lost(now)
         flight.run.state.is_suspect, flight.run.state.avoided_group = True, flight.group
         return flight.run
@@ -237,7 +241,10 @@ class DitGroups:
                 self._executor.signal(flight.group, task_id, "abort")
 
     def suspects(self) -> list[tuple[str, str]]:
-        """(group, why) of groups on which so many requests failed in a row that the group may be at fault."""
+        """(group, why) of groups on which so many requests failed in a row that the group may be at fault; never the
+        only one, which would take every other request with it."""
+        if self.num_healthy < 2:
+            return []
         return [
             (group, f"{len(failed)} requests failed on it in a row")
             for group, failed in self._failed_on.items()
@@ -248,8 +255,8 @@ class DitGroups:
         """(group, why) of groups that take far longer over a chunk than predicted for their whole pack."""
         found = []
         for flight in self._flights.values():
-            sharing = max(1, len(self._groups[flight.group].jobs))
-            limit = max(self._config.chunk_floor_s, 8 * flight.task.predicted_s * sharing)
+            flight.sharing = max(flight.sharing, len(self._groups[flight.group].jobs))
+            limit = max(self._config.chunk_floor_s, 8 * flight.task.predicted_s * flight.sharing)
             if now - flight.started_at > limit:
                 found.append((flight.group, f"{flight.task.task_id} takes longer than {limit:.0f} s"))
         return found

@@ -126,7 +126,11 @@ class Engine:
         that ended its workers before.
         """
         self._poison.check(request, now)
-        applicant = self._admit(request, now)
+        try:
+            applicant = self._admit(request, now)
+        except HeliosError as error:
+            self._recorder.refused(error.code)
+            raise
         self._num_accepted += 1
         arrival = Arrival(
             seq=self._num_accepted,
@@ -227,7 +231,7 @@ class Engine:
         num_running = sum(run.started_at is not None for run in self._runs.values())
         depths: dict[Role, int] = {
             "encoder": self._encoders.num_waiting,
-            "dit": sum(run.state.is_ready and run.state.group_id is None for run in self._unfinished.values()),
+            "dit": sum(run.state.waits_for_group for run in self._unfinished.values()),
             "vae": self._vaes.num_waiting,
         }
         self._recorder.queues(num_running=num_running, num_waiting=len(self._runs) - num_running, depths=depths)
@@ -257,7 +261,6 @@ class Engine:
         else:
             decision = admit_offline(applicant, site, self._model, self._admission)
         if not decision.admitted:
-            self._recorder.refused(decision)
             raise _refusal(decision)
         return applicant
 
@@ -312,11 +315,14 @@ class Engine:
                 ),
             )
         )
-        self._hold(run)
+        self._hold(run, self._vae_queue_is_long)
 
-    def _hold(self, run: RequestRun) -> None:
+    @property
+    def _vae_queue_is_long(self) -> bool:
+        return self._vaes.num_waiting > 2 * self._vaes.num_members
+
+    def _hold(self, run: RequestRun, is_long: bool) -> None:
         """Keeps a request from running ahead of the VAEs."""
-        is_long = self._vaes.num_waiting > 2 * self._vaes.num_members
         run.state.is_held = run.num_undecoded >= MAX_UNDECODED_CHUNKS or (is_long and run.num_undecoded > 0)
 
     def _on_segment(self, event: Decoded, now: float) -> None:
@@ -334,9 +340,10 @@ class Engine:
             self._recorder.published(run, segment, run.state.stalled_s - stalled_before_s, now)
             self._publish(run.request_id, SegmentReady(segment=segment))
         self._executor.drop(run.spent_refs())
-        for other in self._runs.values():
+        is_long = self._vae_queue_is_long
+        for other in self._unfinished.values():
             if other.state.is_held:
-                self._hold(other)
+                self._hold(other, is_long)
         if run.num_published == params.num_chunks:
             self._recorder.finished(run, "stop", now)
             self._publish(run.request_id, Completed(request_id=run.request_id))
@@ -368,7 +375,7 @@ class Engine:
             else:
                 pool.add(job)
             return
-        run = self._groups.failed(event.task_id, now)
+        run = self._groups.failed(event.task_id, now, is_callers_fault=event.fault == "request")
         if run is None or run.is_over:
             return
         self._executor.drop(run.take_parked())
@@ -413,12 +420,14 @@ class Engine:
             job.is_suspect = True
             if len(jobs) == 1:
                 job.lost_alone.add((event.group, self._incarnations[event.group]))
-            run = self._runs[job.request_id]
-            failure = self._loss_verdict(run, job.attempt, len(job.lost_alone), now)
+            owner = self._runs.get(job.request_id)
+            if owner is None:  # another of its jobs just ended it
+                continue
+            failure = self._loss_verdict(owner, job.attempt, len(job.lost_alone), now)
             if failure is None:
                 pool.add(job)
             else:
-                self._fail(run, failure, now)
+                self._fail(owner, failure, now)
 
     def _loss_verdict(self, run: RequestRun, attempt: int, num_lost_alone: int, now: float) -> Failure | None:
         """How a request ends whose work a lost group was doing; None if the work is to be done again."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from helios_serve.engine.admission import Decision
 from helios_serve.engine.request_run import RequestRun
 from helios_serve.telemetry import Metrics
 from helios_serve.types import Phase, Role, Segment
@@ -36,10 +35,9 @@ class Recorder:
             playback_s=params.num_output_frames / params.fps,
         )
 
-    def refused(self, decision: Decision) -> None:
-        """A request was not admitted."""
-        assert decision.code is not None
-        self._metrics.admission_rejected(decision.code)
+    def refused(self, code: str) -> None:
+        """A request was not admitted; `code` is the error's."""
+        self._metrics.admission_rejected(code)
 
     def published(self, run: RequestRun, segment: Segment, stalled_s: float, now: float) -> None:
         """A segment became visible; `stalled_s` is how long a player had to wait for it."""

@@ -108,6 +108,11 @@ class RequestState:
         return self.step > 0 and self.group_id is None
 
     @property
+    def waits_for_group(self) -> bool:
+        """Whether the next chunk could start if a group had room."""
+        return self.is_ready and self.group_id is None and not self.is_held and not self.is_cancelled
+
+    @property
     def has_ended(self) -> bool:
         return not self.arrival.is_open_ended and self.next_chunk >= self.request.params.num_chunks
 

@@ -7,7 +7,6 @@ clock, no lock. Touches only the jobs, groups, accounts and the credit that it i
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -236,9 +235,9 @@ class _Ready:
             keep += 1
         del self._found[:keep]
 
-    def due_waiting(self) -> Counter[int]:
-        """Due live jobs that found no place, by the ranks that they need."""
-        return Counter(entry[2].arrival.num_ranks for entry in self._due if entry[2].group_id is None)
+    def due_waiting(self) -> list[RequestState]:
+        """Due live jobs that found no place."""
+        return [entry[2] for entry in self._due if entry[2].group_id is None]
 
     def _in_order(self) -> Iterator[tuple[int, RequestState]]:
         for job in self._aged:
@@ -328,9 +327,13 @@ def _join(groups: Sequence[GroupState], ready: _Ready, desk: Desk) -> list[Actio
         for num_seen, (tier, job) in enumerate(ready.waiting()):
             if num_seen == desk.cfg.pack_candidates or len(group.jobs) == desk.cfg.max_pack:
                 break
-            if group.takes(job) and pack_pays(group.jobs, job, group, desk):
+            if not group.takes(job):
+                continue
+            if pack_pays(group.jobs, job, group, desk):
                 actions.append(Join(group=group.group_id, task=_dispatch(group, tier, job, desk)))
                 ready.num_left -= 1
+            elif job.runs_alone or (tier == DUE and not job.live):
+                break  # nobody overtakes it: a pack that always grows would never make room
     return actions
 
 
@@ -342,14 +345,12 @@ def _park(
     if not short:
         return []
     pending = [group for group in groups if group.park_pending]
-    short.subtract(group.num_ranks for group in pending)
+    for group in pending:
+        _serve_one(short, group)
     room = cfg.max_parked - sum(job.is_parked for job in jobs) - sum(len(group.jobs) for group in pending)
     actions: list[Action] = []
     for group in sorted((g for g in groups if g.is_parkable), key=lambda g: (g.next_boundary, g.order)):
-        if short[group.num_ranks] <= 0:
-            continue
-        short[group.num_ranks] -= 1
-        if group.is_ending:
+        if not _serve_one(short, group) or group.is_ending:
             continue
         room -= len(group.jobs)
         if room < 0:
@@ -357,3 +358,12 @@ def _park(
         group.park_pending = True
         actions += [Park(group=group.group_id, task=job.task) for job in group.jobs if job.task is not None]
     return actions
+
+
+def _serve_one(short: list[RequestState], group: GroupState) -> bool:
+    """Takes out of `short` a job that `group` will have room for; whether there is one."""
+    for index, job in enumerate(short):
+        if group.takes(job):
+            del short[index]
+            return True
+    return False

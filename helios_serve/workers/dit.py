@@ -185,6 +185,8 @@ class DitWorker:
             task, inputs = self._take(task_id)
             if task_id not in plan.aborted:
                 self._join(task, inputs)
+        if plan.parked or plan.aborted:
+            self._say_timings(flush=True)  # the last step of those that leave
         for task_id in plan.parked:
             state = self._runner.park(task_id)
             if state is not None:

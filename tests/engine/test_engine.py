@@ -304,3 +304,61 @@ def test_metrics_tell_what_happened() -> None:
     assert value(f'helios:worker_restarts_total{{{model},role="dit",worker="0"}}') == 1
     assert value(f'helios:denoise_step_seconds_count{{{model},stage="2"}}') >= 8
     assert value(f'helios:phase_duration_seconds_count{{{model},phase="decode"}}') == 4
+
+
+def small(name: str, **options: object) -> VideoRequest:
+    """A request whose steps pay to be packed."""
+    request = video(name, **options)  # type: ignore[arg-type]
+    return replace(request, params=replace(request.params, width=128, height=128))
+
+
+def test_a_chunk_may_join_a_pack_that_is_parked_in_the_same_plan() -> None:
+    world = ready(World(num_dits=1, num_encoders=2, config=EngineConfig(ttfc_target_s=30.0)))
+    world.jitter = lambda: 1.0  # type: ignore[method-assign]
+    world.submit(small("one", num_chunks=2, steps=(10, 10, 10)))
+    world.run(lambda: "one" in world.first_step_at)
+    world.submit(live("live", num_chunks=2, steps=(1, 1, 1)))
+    world.submit(small("two", num_chunks=2, steps=(10, 10, 10)))
+    asked_at = world.now
+    world.run(lambda: "live" in world.first_step_at)
+    assert world.first_step_at["live"] - asked_at <= 2.0
+    world.run()
+    world.check_history()
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_who_runs_alone_is_not_overtaken_for_ever(is_strict: bool) -> None:
+    world = ready(World(num_dits=1, config=EngineConfig(batching="always", max_queue_wait_s=1e9)))
+    for index in range(3):
+        world.submit(video(f"r{index}", num_chunks=100, steps=(2 + index, 2, 2), tenant=f"t{index}"))
+    world.run_for(1.0)
+    world.submit(video("late", num_chunks=1, is_strict=is_strict, tenant="me"))
+    asked_at = world.now
+    world.run(lambda: world.end("late") is not None)
+    assert world.first_step_at["late"] - asked_at <= 15.0
+
+
+@pytest.mark.parametrize(("step_s", "max_pack"), [(0.4, 8), (0.5, 8), (0.3, 16)])
+def test_a_chunk_that_outlives_its_pack_is_not_overdue(step_s: float, max_pack: int) -> None:
+    config = EngineConfig(batching="always", max_pack=max_pack, max_queue_wait_s=1e9)
+    world = ready(World(num_dits=1, num_encoders=16, config=config))
+    world.jitter = lambda: 1.0  # type: ignore[method-assign]
+    world.machine.step_s = step_s
+    world.submit(video("long", num_chunks=1, steps=(10, 10, 10)))
+    for index in range(max_pack - 1):
+        world.submit(video(f"r{index}", num_chunks=1, steps=(10, 10, 8)))
+    world.run()
+    assert world.machine.num_condemned == 0
+
+
+def test_refusals_are_counted_whatever_their_reason() -> None:
+    world = ready(World(config=EngineConfig(max_requests=1)))
+    world.submit(video("a"))
+    with pytest.raises(CapacityError):
+        world.submit(video("b"))
+    world.engine.drain(world.now)
+    with pytest.raises(CapacityError):
+        world.submit(video("c"))
+    text = world.metrics.render(openmetrics=False)[0].decode()
+    for reason in ("capacity_exceeded", "draining"):
+        assert f'helios:admission_rejected_total{{model_name="simulated",reason="{reason}"}} 1.0' in text

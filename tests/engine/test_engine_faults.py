@@ -330,6 +330,30 @@ def test_a_group_on_which_everybody_fails_is_made_anew() -> None:
     assert broken.incarnation == 1
 
 
+@pytest.mark.parametrize("fault", ["request", "nan"])
+def test_failing_requests_do_not_end_the_only_group(fault: str) -> None:
+    """Nor does what is wrong with requests speak against a group that has company."""
+    for num_dits in (1, 2) if fault == "request" else (1,):
+        world = World(num_dits=num_dits)
+        world.run_for(0.1)
+        world.machine.verdict = lambda task: fault if isinstance(task, ChunkTask) else None
+        for index in range(5):
+            world.submit(video(f"bad{index}", num_chunks=1))
+            world.run()
+        assert world.machine.num_condemned == 0
+
+
+def test_a_lost_vae_ends_a_request_once_though_it_had_two_of_its_chunks() -> None:
+    world = World(num_dits=1, num_vaes=1, config=EngineConfig(max_attempts=1))
+    world.run_for(0.1)
+    world.machine.decode_s = 20.0
+    world.submit(video("one", num_chunks=4, steps=(1, 1, 1)))
+    world.run(lambda: len(world.machine.groups["vae-0"].running) == 2)
+    world.machine.kill("vae-0")
+    world.run()
+    world.check_history()
+
+
 def test_a_group_with_another_golden_chunk_gets_no_work() -> None:
     world = World(num_dits=2)
     world.run_for(0.1)
