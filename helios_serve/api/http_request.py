@@ -25,25 +25,36 @@ async def read_body(request: Request) -> bytes:
     """Raises UnsupportedMediaTypeError unless the body is application/json."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
-        raise UnsupportedMediaTypeError(f"content-type {shown(content_type)}: only application/json")
+        raise UnsupportedMediaTypeError(
+            f"content-type {shown(content_type)}: only application/json and multipart/form-data"
+        )
     return await request.body()
 
 
 def json_object(raw: bytes) -> dict[str, object]:
     """Raises InvalidRequestError `malformed_body` unless `raw` is a JSON object that can be written again."""
     try:
-        body = json.loads(raw, object_pairs_hook=_object, parse_constant=_refuse_constant)
-        if _SURROGATE.search(raw) is not None:
-            json.dumps(body, ensure_ascii=False).encode()
-    except RecursionError:
-        raise _malformed("nested too deeply") from None
-    except UnicodeEncodeError:
-        raise _malformed("a string has an unpaired surrogate") from None
+        body = strict_json(raw)
     except ValueError as error:
-        raise _malformed(str(error)[:200]) from None
+        raise _malformed(str(error)) from None
     if not isinstance(body, dict):
         raise _malformed(f"it is {shown(body)}")
     return body
+
+
+def strict_json(raw: bytes) -> object:
+    """Raises ValueError, fit to be shown, unless `raw` is JSON that says one thing and can be written again."""
+    try:
+        value: object = json.loads(raw, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        if _SURROGATE.search(raw) is not None:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a string has an unpaired surrogate") from None
+    except ValueError as error:
+        raise ValueError(str(error)[:200]) from None
+    return value
 
 
 def wants_mp4(request: Request) -> bool:

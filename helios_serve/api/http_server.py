@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from helios_serve.api import schemas
 from helios_serve.api.content import RangeNotSatisfiableError, video_response, whole_video
 from helios_serve.api.convert import Limits, ParsedRequest, parse_generation
+from helios_serve.api.forms import FORM_TYPE, read_form
 from helios_serve.api.http_request import (
     accept_weights,
     base_url_of,
@@ -167,7 +168,7 @@ class _Routes:
     async def generate(self, request: Request) -> Response:
         as_mp4 = wants_mp4(request)
         base_url = base_url_of(request)
-        parsed = await asyncio.to_thread(self._parse, await read_body(request))
+        parsed = await self._parse(request)
         wait_s = 0.0 if parsed.is_async else preferred_wait_s(request)
         job = self._service.create(parsed)
         if parsed.stream:
@@ -203,7 +204,7 @@ class _Routes:
     async def create(self, request: Request) -> Response:
         """A job, answered at once; the SDK wants 200."""
         base_url = base_url_of(request)
-        parsed = await asyncio.to_thread(self._parse, await read_body(request))
+        parsed = await self._parse(request)
         if parsed.stream:
             raise InvalidRequestError(f"stream: only at {GENERATIONS}; watch a job at its events", param="stream")
         job = self._service.create(parsed)
@@ -299,9 +300,17 @@ class _Routes:
         text, content_type = self._metrics.render(openmetrics=wants_openmetrics)
         return Response(text, headers={"content-type": content_type})
 
-    def _parse(self, raw: bytes) -> ParsedRequest:
-        """Runs in a thread: decoding a video takes long enough to stall every other client."""
-        return parse_generation(json_object(raw), self._service.model, self._media, self._settings.limits)
+    async def _parse(self, request: Request) -> ParsedRequest:
+        """JSON and forms alike; in a thread, as decoding a video takes long enough to stall every other client."""
+        is_form = request.headers.get("content-type", "").partition(";")[0].strip().lower() == FORM_TYPE
+        form = await read_form(request) if is_form else None
+        raw = b"" if form is not None else await read_body(request)
+
+        def parse() -> ParsedRequest:
+            body = json_object(raw) if form is None else form
+            return parse_generation(body, self._service.model, self._media, self._settings.limits)
+
+        return await asyncio.to_thread(parse)
 
     async def _finish(self, request: Request, job: Job, *, detach: bool) -> StoredVideo:
         """Waits for the job. A client that leaves cancels it, unless it asked for `detach`."""
@@ -405,7 +414,8 @@ def _error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _request_body() -> dict[str, Any]:
     schema = {"$ref": "#/components/schemas/GenerationBody"}
-    return {"required": True, "content": {"application/json": {"schema": schema, "example": _EXAMPLE}}}
+    content = {"application/json": {"schema": schema, "example": _EXAMPLE}, FORM_TYPE: {"schema": schema}}
+    return {"required": True, "content": content}
 
 
 def _body_schemas() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Fetches the picture or video that a request starts from. Knows `data:` URIs and limits; decoding is the caller's."""
+"""Fetches the picture or video that a request starts from. Knows `data:` URIs, uploads and limits; decodes nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from helios_serve.api.names import NamedBody
+from helios_serve.api.schemas import UploadedMedia
 from helios_serve.errors import InvalidRequestError
 from helios_serve.types import FRAMES_PER_CHUNK, Frames, ImageFit, SamplingParams
 
@@ -101,7 +102,7 @@ def load_image(named: NamedBody, params: SamplingParams, media: Media) -> Frames
         raise _not_offered(f"{param}.file_id")
     if reference.image_url is None:
         raise InvalidRequestError(f"{param}: image_url is missing", param=param, code="missing_required_parameter")
-    data = media.source.read(reference.image_url, param, MAX_IMAGE_BYTES)
+    data = _bytes_of(reference.image_url, media.source, param, MAX_IMAGE_BYTES)
     try:
         return media.decoder.decode_image(data, params.width, params.height, params.image_fit)
     except InvalidRequestError as error:
@@ -119,7 +120,7 @@ def load_video(named: NamedBody, params: SamplingParams, media: Media) -> Frames
             raise _not_offered(f"{param}.{key}")
     if reference.video_url is None:
         raise InvalidRequestError(f"{param}: video_url is missing", param=param, code="missing_required_parameter")
-    data = media.source.read(reference.video_url, param, MAX_VIDEO_BYTES)
+    data = _bytes_of(reference.video_url, media.source, param, MAX_VIDEO_BYTES)
     try:
         frames = media.decoder.decode_video(data, params.width, params.height, params.image_fit)
     except InvalidRequestError as error:
@@ -137,6 +138,15 @@ def load_video(named: NamedBody, params: SamplingParams, media: Media) -> Frames
             code="media_invalid",
         )
     return frames
+
+
+def _bytes_of(reference: str | UploadedMedia, source: MediaSource, param: str, max_bytes: int) -> bytes:
+    if isinstance(reference, str):
+        return source.read(reference, param, max_bytes)
+    check_media_bytes(len(reference.data), max_bytes, param)
+    if not reference.data:
+        raise InvalidRequestError(f"{param}: the file is empty", param=param, code="media_invalid")
+    return reference.data
 
 
 def _not_offered(name: str) -> InvalidRequestError:

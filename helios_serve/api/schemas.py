@@ -7,14 +7,27 @@ of HTTP. Scalars are strict: a boolean is no number, a string is no number, NaN 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidatorFunctionWrapHandler,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from helios_serve.types import Codec, FramePolicy, ImageFit, ServiceClass
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 32_000
+
+FILE_MARK = "x-file-in-forms"
+"""Key of the JSON schema of a string that may come as a file in a multipart form."""
 
 FIELD_ALIASES = {
     "frames": "num_frames",
@@ -63,6 +76,33 @@ HELIOS_CONTAINERS = ("helios", "extra_params", "extra_body")
 """Objects whose keys are keys of `helios`; the last two may hold top-level fields as well."""
 
 
+@dataclass(frozen=True, slots=True)
+class UploadedMedia:
+    """A file that came as a part of a form, where JSON has a `data:` URI."""
+
+    data: bytes = field(repr=False)
+    content_type: str
+
+    def __str__(self) -> str:
+        return f"file of {len(self.data)} bytes, {self.content_type}"
+
+
+class _TextOrUpload:
+    """Validates as a string; lets an upload pass. A union would put the member's name into the path of an error."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(_keep_upload, handler.generate_schema(str))
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), FILE_MARK: True}
+
+
+def _keep_upload(value: object, validate_text: ValidatorFunctionWrapHandler) -> object:
+    return value if isinstance(value, UploadedMedia) else validate_text(value)
+
+
 def _number_from_text(value: object) -> object:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
         return float(value)
@@ -70,11 +110,11 @@ def _number_from_text(value: object) -> object:
 
 
 def _as_image_reference(value: object) -> object:
-    return {"image_url": value} if isinstance(value, str) else value
+    return {"image_url": value} if isinstance(value, str | UploadedMedia) else value
 
 
 def _as_video_reference(value: object) -> object:
-    return {"video_url": value} if isinstance(value, str) else value
+    return {"video_url": value} if isinstance(value, str | UploadedMedia) else value
 
 
 def _seconds_of(value: object) -> object:
@@ -87,6 +127,7 @@ def _all_partials(value: object) -> object:
 
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
 Sigma = Annotated[float, Field(ge=0, le=1)]
+MediaText = Annotated[str | UploadedMedia, _TextOrUpload]
 
 
 class _Input(BaseModel):
@@ -96,16 +137,22 @@ class _Input(BaseModel):
 class ImageReference(_Input):
     """An image, as a `data:` URI or an uploaded file."""
 
-    image_url: str | None = None
+    image_url: MediaText | None = None
     file_id: str | None = None
 
 
 class VideoReference(_Input):
     """A video to continue, as a `data:` URI, an uploaded file or an own finished video."""
 
-    video_url: str | None = None
+    video_url: MediaText | None = None
     file_id: str | None = None
     id: str | None = None
+
+
+class Expiry(_Input):
+    """When the video is deleted, written as an object."""
+
+    seconds: int
 
 
 class PromptEntry(_Input):
@@ -153,15 +200,21 @@ class GenerationBody(_Input):
     width: int | None = Field(default=None, ge=1, le=1_000_000)
     height: int | None = Field(default=None, ge=1, le=1_000_000)
     num_frames: int | None = Field(default=None, ge=1, description="Wins over `seconds`. Also `frames`.")
-    seconds: Annotated[float, BeforeValidator(_number_from_text), Field(gt=0)] | None = None
+    seconds: (
+        Annotated[float, BeforeValidator(_number_from_text, json_schema_input_type=float | str), Field(gt=0)] | None
+    ) = None
     fps: float = Field(default=24, ge=1, le=60, description="Playback rate of the file; frames do not depend on it.")
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
-    input_reference: Annotated[ImageReference, BeforeValidator(_as_image_reference)] | None = Field(
+    input_reference: (
+        Annotated[ImageReference, BeforeValidator(_as_image_reference, json_schema_input_type=str | ImageReference)]
+        | None
+    ) = Field(
         default=None, description="Image to start from. Also `image`, `image_url`, `image_reference`, `first_frame`."
     )
-    video: Annotated[VideoReference, BeforeValidator(_as_video_reference)] | None = Field(
-        default=None, description="Video to continue. Also `video_reference`, `video_url`."
-    )
+    video: (
+        Annotated[VideoReference, BeforeValidator(_as_video_reference, json_schema_input_type=str | VideoReference)]
+        | None
+    ) = Field(default=None, description="Video to continue. Also `video_reference`, `video_url`.")
     prompts: list[PromptEntry] | None = None
     response_format: Literal["url", "b64_json"] = "url"
     n: int = 1
@@ -172,11 +225,13 @@ class GenerationBody(_Input):
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
     stream: bool = False
     async_: bool = Field(default=False, alias="async")
-    partial_videos: Annotated[Literal["all", 0], BeforeValidator(_all_partials)] = "all"
+    partial_videos: Annotated[
+        Literal["all", 0], BeforeValidator(_all_partials, json_schema_input_type=Literal["all"] | int)
+    ] = "all"
     priority: int = 0
     queue_timeout: float | None = None
     webhook_url: str | None = None
-    expires_after: Annotated[int, BeforeValidator(_seconds_of)] | None = None
+    expires_after: Annotated[int, BeforeValidator(_seconds_of, json_schema_input_type=int | Expiry)] | None = None
     helios: HeliosParams = HeliosParams()
 
 

@@ -244,7 +244,9 @@ def test_the_sdk_lists_polls_and_deletes(server: str) -> None:
         made: Any = client.post("/videos", body={"prompt": "slow", "num_frames": 33}, cast_to=object)
         video = client.videos.poll(made["id"])
         assert video.status == "completed"
-        for index in range(10):
+        sdk = client.videos.create(prompt="p", size="640x384", seconds="4")  # type: ignore[arg-type]
+        assert client.videos.poll(sdk.id).seconds == "4"
+        for index in range(9):
             client.post("/videos", body={"prompt": f"p{index}", "num_frames": 33}, cast_to=object)
         assert len({item.id for item in client.videos.list(limit=3)}) == 11
         assert client.videos.delete(made["id"]).deleted
