@@ -20,10 +20,10 @@ from helios_serve.config import Device, DType, ModelConfig
 from helios_serve.errors import InvalidRequestError
 from helios_serve.kernels import to_uint8
 from helios_serve.model_executor.batch import ChunkInput, ChunkOutput
-from helios_serve.model_executor.history import NUM_TRAIL_CHUNKS, History
+from helios_serve.model_executor.history import History
 from helios_serve.model_executor.model import load_model
 from helios_serve.model_executor.runner import Runner
-from helios_serve.types import ModelInfo, SamplingParams, Segment, StepCursor, VideoRequest
+from helios_serve.types import NUM_TRAIL_CHUNKS, ModelInfo, SamplingParams, Segment, StepCursor, VideoRequest
 from helios_serve.workers.encoder import EncoderWorker
 from helios_serve.workers.media import Decoder
 from helios_serve.workers.vae import VaeWorker

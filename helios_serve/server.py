@@ -120,7 +120,7 @@ async def _serve(
         """First signal: running chunks end, open calls are answered. Second: at once."""
         http.force_exit = http.should_exit
         http.should_exit = True
-        closing.append(asyncio.create_task(engine.close()))
+        closing.append(asyncio.create_task(engine.close(at_once=http.force_exit)))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop)
@@ -155,10 +155,13 @@ async def _warm_up(engine: AsyncEngine, info: ModelInfo, width: int, height: int
     )
     prompts = (PromptChange(chunk=0, prompt="a red ball rolls over green grass"),)
     request = VideoRequest(request_id=f"warmup-{width}x{height}", prompts=prompts, params=params)
-    async with contextlib.aclosing(engine.submit(request)) as events:
-        async for event in events:
-            if isinstance(event, Failure):
-                logger.error("warm-up at %dx%d failed: %s", width, height, event.message)
+    try:
+        async with contextlib.aclosing(engine.submit(request)) as events:
+            async for event in events:
+                if isinstance(event, Failure):
+                    logger.error("warm-up at %dx%d failed: %s", width, height, event.message)
+    except HeliosError as error:  # not admitted: a worker was just lost, or the server is closing
+        logger.error("no warm-up at %dx%d: %s", width, height, error.message)
     logger.info("warmed up at %dx%d in %.1f s", width, height, time.perf_counter() - started)
 
 
@@ -184,5 +187,6 @@ def _greeting(info: ModelInfo, listener: socket.socket) -> str:
     return (
         f"\nhelios-serve {__version__}: {info.name} ({info.variant}) at {url}\n\nTry:\n"
         f"  curl {url}{GENERATIONS} -H 'Content-Type: application/json' -H 'Accept: video/mp4' \\\n"
-        f"    -d '{body}' -o video.mp4\n\nAPI documentation: {url}/docs. Stop with Ctrl-C.\n"
+        f"    -d '{body}' -o video.mp4\n\n"
+        f"Or open {url} in a browser. API documentation: {url}/docs. Stop with Ctrl-C.\n"
     )

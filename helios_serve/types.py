@@ -18,6 +18,9 @@ FRAMES_PER_CHUNK = 33
 HISTORY_FRAMES = (16, 2, 1)
 """Latent frames of the long, mid and short (1x) history, oldest first."""
 
+NUM_TRAIL_CHUNKS = -(-sum(HISTORY_FRAMES) // LATENT_FRAMES_PER_CHUNK)
+"""Chunks that the history reaches back."""
+
 MAX_TEXT_TOKENS = 512
 """Prompt tokens that the transformer attends to; shorter prompts are zero-padded, longer ones cut."""
 
@@ -316,7 +319,7 @@ class GroupUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupLost:
-    """A group is gone, with everything that it was running; GroupUp follows if it comes back."""
+    """A group is gone, in this incarnation, with everything that it was running; GroupUp follows if it comes back."""
 
     group: str
     incarnation: int

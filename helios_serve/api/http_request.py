@@ -21,9 +21,14 @@ class NotAcceptableError(HeliosError):
     status, grpc_status, code, retryable = 406, "INVALID_ARGUMENT", "not_acceptable", False
 
 
+def content_type_of(request: Request) -> str:
+    """The media type of the body, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def read_body(request: Request) -> bytes:
     """Raises UnsupportedMediaTypeError unless the body is application/json."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = content_type_of(request)
     if content_type != "application/json":
         raise UnsupportedMediaTypeError(
             f"content-type {shown(content_type)}: only application/json and multipart/form-data"

@@ -22,6 +22,7 @@ from helios_serve.api.forms import FORM_TYPE, read_form
 from helios_serve.api.http_request import (
     accept_weights,
     base_url_of,
+    content_type_of,
     json_object,
     last_event_id,
     page_of,
@@ -302,8 +303,7 @@ class _Routes:
 
     async def _parse(self, request: Request) -> ParsedRequest:
         """JSON and forms alike; in a thread, as decoding a video takes long enough to stall every other client."""
-        is_form = request.headers.get("content-type", "").partition(";")[0].strip().lower() == FORM_TYPE
-        form = await read_form(request) if is_form else None
+        form = await read_form(request) if content_type_of(request) == FORM_TYPE else None
         raw = b"" if form is not None else await read_body(request)
 
         def parse() -> ParsedRequest:

@@ -1,7 +1,7 @@
-"""The verbs of the API over one engine: create, wait, get, cancel, content. HTTP and gRPC translate to these.
+"""The verbs of the API over one engine: create, get, list, wait, watch, cancel, delete, content.
 
-Keeps jobs in memory and finished videos in a directory, both bounded. Knows no protocol, no model and no codec: the
-engine makes segments and the muxer joins them.
+Keeps jobs in memory, segments and finished videos in a directory, all bounded. Knows no protocol, no model and no
+codec: the engine makes segments and the muxer joins them.
 """
 
 from __future__ import annotations
@@ -278,7 +278,12 @@ class VideoService:
                 last_cursor = job.cursor
                 yield JobProgress(cursor=last_cursor)
             while following < len(job.segments):
-                yield await asyncio.to_thread(_read_segment, job.request, job.segments[following])
+                try:
+                    segment = await asyncio.to_thread(_read_segment, job.request, job.segments[following])
+                except FileNotFoundError:  # deleted, or forgotten, under the viewer's eyes
+                    yield JobEnded(error=NotFoundError(f"video {job.id}: deleted", param="id"))
+                    return
+                yield segment
                 following += 1
             if job.finished.is_set():
                 if following >= len(job.segments):

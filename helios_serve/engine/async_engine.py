@@ -17,7 +17,7 @@ from helios_serve.engine.recorder import Recorder
 from helios_serve.engine.step_cost import CostModel
 from helios_serve.errors import CapacityError
 from helios_serve.telemetry import Metrics
-from helios_serve.types import Completed, Event, ExecutorEvent, Failure, Role, SamplingParams, VideoRequest
+from helios_serve.types import Completed, Event, ExecutorEvent, Failure, SamplingParams, VideoRequest
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +54,18 @@ class AsyncEngine:
             self._changed.clear()
             await self._changed.wait()
 
-    async def close(self) -> None:
-        """Lets running chunks end, as far as they do within `drain_s`, ends all requests and stops the executor."""
+    async def close(self, *, at_once: bool = False) -> None:
+        """Lets running chunks end, as far as they do within `drain_s`, ends all requests and stops the executor.
+
+        Args:
+            at_once: wait for no chunk, and end the wait of an earlier call.
+        """
         started = time.monotonic()
         if self._ticking is None:
             return
         self._engine.drain(started)
-        try:
-            async with asyncio.timeout(self._config.drain_s):
-                while not self._engine.is_drained:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            logger.warning("some chunks did not end within %g s and are given up", self._config.drain_s)
+        if not at_once:
+            await self._drained()
         if self._ticking is None:  # another call was faster
             return
         self._engine.fail_all("draining", "the server is shutting down; send the request again", time.monotonic())
@@ -74,16 +73,13 @@ class AsyncEngine:
         self._ticking = None
         if self._wake is not None:
             self._wake.cancel()
-        left_s = max(0.5, self._config.drain_s - (time.monotonic() - started))
-        await asyncio.to_thread(self._executor.close, left_s)
+        self._changed.set()
+        left_s = 0.0 if at_once else self._config.drain_s - (time.monotonic() - started)
+        await asyncio.to_thread(self._executor.close, max(0.5, left_s))
 
     def is_ready(self) -> bool:
         """Whether requests are taken."""
         return self._ticking is not None and not self._engine.is_draining and not self._engine.missing_roles()
-
-    def missing_roles(self) -> list[Role]:
-        """Roles without a group that takes tasks."""
-        return self._engine.missing_roles()
 
     def generated_fps(self, params: SamplingParams) -> float:
         """Frames per second at which a video with these parameters would be made alone, as far as is known now."""
@@ -140,6 +136,16 @@ class AsyncEngine:
         now = time.monotonic()
         wake = self._engine.next_wake(now)
         self._wake = None if wake is None else asyncio.get_running_loop().call_later(max(0.0, wake - now), self._turn)
+
+    async def _drained(self) -> None:
+        """Returns when nothing runs any more, after `drain_s`, or when the engine was closed meanwhile."""
+        try:
+            async with asyncio.timeout(self._config.drain_s):
+                while self._ticking is not None and not self._engine.is_drained:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            logger.warning("some chunks did not end within %g s and are given up", self._config.drain_s)
 
     async def _tick(self) -> None:
         while True:

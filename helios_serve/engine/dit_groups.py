@@ -15,7 +15,7 @@ from helios_serve.engine.request_run import RequestRun
 from helios_serve.engine.request_state import GroupState
 from helios_serve.engine.scheduler import Park, SchedulerConfig, Start, next_wake, plan
 from helios_serve.engine.step_cost import CostModel, StepSample
-from helios_serve.types import ChunkTask, GroupUp, PackLimit, StepCursor, StepDone
+from helios_serve.types import ChunkTask, GroupLost, GroupUp, PackLimit, StepCursor, StepDone
 
 QUARANTINE_AFTER = 3
 """Distinct requests that fail on a group, none succeeding between them, before the group itself is suspected."""
@@ -57,7 +57,6 @@ class DitGroups:
         )
         self._credit = AgeCredit()
         self._groups: dict[str, GroupState] = {}
-        self._incarnations: dict[str, int] = {}
         self._flights: dict[str, _Flight] = {}
         self._steps_since_load: dict[str, int] = {}
         self._failed_on: dict[str, set[str]] = {}
@@ -84,9 +83,6 @@ class DitGroups:
     def is_idle(self) -> bool:
         return not self._flights
 
-    def has(self, group: str) -> bool:
-        return group in self._groups
-
     def up(self, event: GroupUp) -> bool:
         """A group came up; False when its golden chunk differs from that of its like, and it must not be used."""
         if event.golden is not None and self._golden.setdefault(event.num_ranks, event.golden) != event.golden:
@@ -96,25 +92,24 @@ class DitGroups:
             group = GroupState(group_id=event.group, order=len(self._groups), num_ranks=event.num_ranks)
             self._groups[event.group] = group
         group.is_healthy, group.park_pending = True, False
-        self._incarnations[event.group] = event.incarnation
         self._steps_since_load[event.group] = 0
         self._failed_on[event.group] = set()
         return True
 
-    def lost(self, group_id: str, now: float) -> list[RequestRun]:
+    def lost(self, event: GroupLost, now: float) -> list[RequestRun]:
         """A group is gone: the runs whose chunks it takes with it, to be run again. Whoever was in a pack runs alone
         next; whoever was alone gets it noted."""
-        flights = [flight for flight in self._flights.values() if flight.group == group_id]
+        flights = [flight for flight in self._flights.values() if flight.group == event.group]
         for flight in flights:
             del self._flights[flight.task.task_id]
-        group = self._groups.get(group_id)
+        group = self._groups.get(event.group)
         if group is None:
             return []
         group.condemned(now)
         for flight in flights:
             flight.run.state.is_suspect = True
             if len(flights) == 1:
-                flight.run.lost_alone.add((group_id, self._incarnations[group_id]))
+                flight.run.lost_alone.add((event.group, event.incarnation))
         return [flight.run for flight in flights if not flight.run.is_over]
 
     def dispatch(self, runs: Sequence[RequestRun], now: float) -> None:

@@ -85,7 +85,6 @@ class Engine:
         self._groups = DitGroups(executor, model, config)
         self._encoders = RolePool(slots=1)
         self._vaes = RolePool(slots=config.slots_per_vae)
-        self._incarnations: dict[str, int] = {}
         self._condemned: set[str] = set()
         self._roles: dict[str, Role] = {}
         self._liveness = Liveness(LivenessConfig())
@@ -387,7 +386,6 @@ class Engine:
 
     def _on_up(self, event: GroupUp, now: float) -> None:
         self._roles[event.group] = event.role
-        self._incarnations[event.group] = event.incarnation
         if event.role == "dit":
             if not self._groups.up(event):
                 self._condemn(event.group, "its golden chunk differs from that of the other groups")
@@ -406,7 +404,7 @@ class Engine:
         self._liveness.down(event.group)
         self._recorder.lost(role, event.group)
         if role == "dit":
-            for run in self._groups.lost(event.group, now):
+            for run in self._groups.lost(event, now):
                 self._executor.drop(run.take_parked())
                 self._recorder.chunk_recomputed()
                 failure = self._loss_verdict(run, run.state.attempt, len(run.lost_alone), now)
@@ -419,7 +417,7 @@ class Engine:
             job.attempt += 1
             job.is_suspect = True
             if len(jobs) == 1:
-                job.lost_alone.add((event.group, self._incarnations[event.group]))
+                job.lost_alone.add((event.group, event.incarnation))
             owner = self._runs.get(job.request_id)
             if owner is None:  # another of its jobs just ended it
                 continue

@@ -8,10 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from helios_serve.engine.request_state import RequestState
-from helios_serve.types import ChunkRecord, ChunkTask, Failure, Segment, TensorRef, VideoRequest
-
-TRAIL_CHUNKS = 3
-"""Chunks that the history window of 19 latent frames reaches back."""
+from helios_serve.types import NUM_TRAIL_CHUNKS, ChunkRecord, ChunkTask, Failure, Segment, TensorRef, VideoRequest
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -67,7 +64,7 @@ class RequestRun:
             request_id=self.request_id,
             chunk=chunk,
             conditioning=self.conditioning,
-            trail=tuple(record.latents for record in self.records[-TRAIL_CHUNKS:]),
+            trail=tuple(record.latents for record in self.records[-NUM_TRAIL_CHUNKS:]),
             first=None if pinned is None else self.records[pinned].latents,
             generator_state=self.generator_state,
             parked=self.parked,
@@ -98,7 +95,7 @@ class RequestRun:
         spent = [
             chunk
             for chunk in self._undropped
-            if chunk < following - TRAIL_CHUNKS and chunk not in kept and chunk < self.num_published
+            if chunk < following - NUM_TRAIL_CHUNKS and chunk not in kept and chunk < self.num_published
         ]
         return [self._undropped.pop(chunk) for chunk in spent]
 

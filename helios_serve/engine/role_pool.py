@@ -72,9 +72,6 @@ class RolePool:
         """The jobs that a lost member was running; abandoned ones are not among them."""
         return [job for job in self._members.pop(group, {}).values() if not job.is_abandoned]
 
-    def has(self, group: str) -> bool:
-        return group in self._members
-
     def add(self, job: PoolJob) -> None:
         """Queues a job, for the first time or again."""
         job.group = None
@@ -104,9 +101,6 @@ class RolePool:
             if task_id in jobs:
                 return jobs.pop(task_id)
         return None
-
-    def running(self, group: str) -> list[PoolJob]:
-        return list(self._members.get(group, {}).values())
 
     def abandon(self, request_id: str) -> None:
         """Nobody wants this request's jobs any more: waiting ones are dropped, the results of running ones too."""

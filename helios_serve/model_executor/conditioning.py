@@ -13,7 +13,6 @@ from torch import Tensor
 
 from helios_serve.model_executor.batch import ChunkInput
 from helios_serve.model_executor.history import (
-    NUM_TRAIL_CHUNKS,
     History,
     empty_history,
     seeded_history,
@@ -23,6 +22,7 @@ from helios_serve.model_executor.vae import WanVAE, sample_posterior
 from helios_serve.types import (
     FRAMES_PER_CHUNK,
     LATENT_FRAMES_PER_CHUNK,
+    NUM_TRAIL_CHUNKS,
     Frames,
     PromptChange,
     SamplingParams,

@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from helios_serve.types import HISTORY_FRAMES, LATENT_FRAMES_PER_CHUNK
+from helios_serve.types import HISTORY_FRAMES
 
 NUM_HISTORY_FRAMES = sum(HISTORY_FRAMES)
-NUM_TRAIL_CHUNKS = -(-NUM_HISTORY_FRAMES // LATENT_FRAMES_PER_CHUNK)
-"""Chunks that the history window reaches back over."""
 LONG_FRAMES, MID_FRAMES, _ = HISTORY_FRAMES
 FIRST_LONG_FRAME = 1
 FIRST_MID_FRAME = FIRST_LONG_FRAME + LONG_FRAMES

@@ -31,9 +31,7 @@ from helios_serve.store.records import (
     Segments,
 )
 from helios_serve.store.schema import chunk, control, db_now, job
-
-TRAIL_CHUNKS = 3
-"""Chunks that the history window of 19 latent frames reaches back."""
+from helios_serve.types import NUM_TRAIL_CHUNKS
 
 POLL_S = (0.1, 0.25)
 """How long a reader waits, at least and at most, before it looks for what another process committed."""
@@ -258,7 +256,7 @@ def _resume_point(connection: sa.Connection, lease: Lease) -> ResumePoint | None
         return None
     owned = job_record(row)
     rows = sa.select(chunk).where(chunk.c.job_id == owned.id).order_by(chunk.c.idx)
-    trail = connection.execute(rows.where(chunk.c.idx >= owned.next_chunk - TRAIL_CHUNKS)).all()
+    trail = connection.execute(rows.where(chunk.c.idx >= owned.next_chunk - NUM_TRAIL_CHUNKS)).all()
     pinned = None
     if owned.pinned_chunk is not None and owned.pinned_chunk < owned.next_chunk:
         pinned = connection.execute(rows.where(chunk.c.idx == owned.pinned_chunk)).one_or_none()

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from helios_serve.store.blobs import GRACE_S, BlobStore
-from helios_serve.store.chunks import TRAIL_CHUNKS
 from helios_serve.store.database import Database
 from helios_serve.store.records import ENDED
 from helios_serve.store.schema import chunk, control, db_now, delivery, file, idem, job
+from helios_serve.types import NUM_TRAIL_CHUNKS
 
 ROW_KEPT_S = 7 * 86_400.0
 """How long the row of an expired job stays."""
@@ -94,7 +94,7 @@ def _prune(connection: sa.Connection) -> int:
     for row in rows:
         gone = sa.and_(chunk.c.job_id == row.id, chunk.c.lat_blob.is_not(None))
         if row.state == "finished":
-            gone = sa.and_(gone, chunk.c.idx < row.next_chunk - TRAIL_CHUNKS)
+            gone = sa.and_(gone, chunk.c.idx < row.next_chunk - NUM_TRAIL_CHUNKS)
             if row.pinned_chunk is not None and row.first_blob is None:
                 gone = sa.and_(gone, chunk.c.idx != row.pinned_chunk)
         num_bytes = connection.scalar(sa.select(sa.func.sum(chunk.c.lat_bytes)).where(gone))

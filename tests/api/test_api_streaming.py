@@ -16,6 +16,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from helios_serve.api.service import JobEnded, JobSegment
 from helios_serve.api.streaming import codec_of, mime_type_of
 from helios_serve.workers.segment import SegmentSpec, encode_segment
 
@@ -142,6 +143,28 @@ def test_watching_never_ends_a_job(server: str) -> None:
                 return
             time.sleep(0.02)
         raise AssertionError(video)
+
+
+def test_a_video_that_is_deleted_ends_its_viewers(app: FastAPI) -> None:
+    service = next(r for r in app.routes if r.path == "/v1/videos").endpoint.__self__._service  # type: ignore[attr-defined]
+
+    async def run() -> None:
+        body = {"prompt": "p", "num_frames": 99}
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            video_id = (await client.post(URL, json=body)).json()["id"]
+            events = service.watch(service.get(video_id))
+            seen = []
+            async for event in events:
+                seen.append(event)
+                if isinstance(event, JobSegment) and event.index == 0:
+                    await client.delete(f"/v1/videos/{video_id}")
+            assert isinstance(seen[-1], JobEnded)
+            assert seen[-1].error is not None
+            assert seen[-1].error.code == "video_not_found"
+            assert sum(isinstance(event, JobSegment) for event in seen) == 1
+
+    asyncio.run(run())
 
 
 def test_segments_come_before_the_end(server: str) -> None:

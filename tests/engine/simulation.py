@@ -173,12 +173,13 @@ class Machine:
         tasks = [running.task.task_id for running in group.running.values()] + [task.task_id for task in group.joining]
         if len(tasks) == 1:
             self.lost_alone[tasks[0].rpartition(".")[0]] += 1
+        lost = GroupLost(group=name, incarnation=group.incarnation, why=why)
         group.incarnation += 1
         group.is_up = group.is_frozen = group.is_stepping = False
         group.running.clear()
         group.joining.clear()
         group.signals.clear()
-        self._emit(GroupLost(group=name, incarnation=group.incarnation, why=why))
+        self._emit(lost)
         incarnation = group.incarnation
         self.world.at(self.restart_s, lambda: self._come_up(group) if group.incarnation == incarnation else None)
 

@@ -436,6 +436,24 @@ def test_draining_does_not_wait_for_a_long_chunk(model: HeliosModel) -> None:
     live(model, test, replace(PATIENT, drain_s=1.0))
 
 
+def test_closing_at_once_ends_the_wait_of_an_earlier_close(model: HeliosModel) -> None:
+    async def test(engine: AsyncEngine, watch: Watch) -> None:
+        running = asyncio.create_task(collect(engine, request("slow", steps=(90, 90, 20_000))))
+        while len(watch.steps) < 30:
+            await asyncio.sleep(0.005)
+        # as if the chunk were expected to end within the drain
+        engine._engine._groups.abort_slower_than = lambda _: None  # type: ignore[method-assign]
+        patient = asyncio.create_task(engine.close())
+        await asyncio.sleep(0.3)
+        assert not patient.done()
+        began = asyncio.get_running_loop().time()
+        await asyncio.gather(engine.close(at_once=True), patient)
+        assert asyncio.get_running_loop().time() - began <= 3.0
+        assert isinstance((await running)[-1], Failure)
+
+    live(model, test, replace(PATIENT, drain_s=60.0))
+
+
 def test_an_engine_that_does_not_run_refuses(model: HeliosModel) -> None:
     async def run() -> None:
         executor = LocalExecutor(

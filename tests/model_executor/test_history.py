@@ -14,11 +14,11 @@ from helios_serve.model_executor.history import (
     FIRST_MID_FRAME,
     LAST_HISTORY_FRAME,
     NUM_HISTORY_FRAMES,
-    NUM_TRAIL_CHUNKS,
     History,
     empty_history,
     seeded_history,
 )
+from helios_serve.types import NUM_TRAIL_CHUNKS
 
 
 def frames(*values: float) -> Tensor:
