@@ -7,7 +7,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-faults test-browser check fix clean
+.PHONY: help setup serve test test-faults test-browser check fix proto docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
@@ -42,6 +42,14 @@ check: $(READY) ## Format, lint, types and import rules
 fix: $(READY) ## Format and repair what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+proto: $(READY) ## Generate the gRPC stubs from the proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		helios_serve/api/proto/helios/video/v1/video_generation.proto
+
+docs: $(READY) ## Generate what comes from the code: the table of settings, the dashboard
+	$(BIN)/python -m helios_serve.settings_table docs/configuration.md
+	$(BIN)/python deploy/grafana/build.py
 
 clean: ## Remove .venv, caches and build outputs
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

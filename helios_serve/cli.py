@@ -14,17 +14,11 @@ from typing import Annotated, Literal
 import typer
 
 from helios_serve import __version__
-from helios_serve.config import (
-    Device,
-    DType,
-    EngineConfig,
-    ExecutorConfig,
-    ModelConfig,
-    ServerConfig,
-    default_data_dir,
-)
+from helios_serve.api.keys_cli import keys_app
+from helios_serve.config import Device, DType, ModelConfig
 from helios_serve.errors import HeliosError, InvalidRequestError
-from helios_serve.telemetry import configure_logging
+from helios_serve.logs import configure_logging
+from helios_serve.settings import Derive, Flag, assignments, load_settings
 from helios_serve.types import Variant
 
 app = typer.Typer(
@@ -33,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_app, name="keys")
 EMBEDDED_MODEL = "helios-tiny"
 
 DeviceFlag = Annotated[Device | None, typer.Option(help="cpu or cuda; cuda where PyTorch sees one.")]
@@ -128,26 +123,58 @@ def serve(
     model: Annotated[
         str | None, typer.Argument(help="Checkpoint directory or hub id; a tiny one is made when absent.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
-    data_dir: Annotated[Path | None, typer.Option(help="Where videos and the tiny checkpoint are kept.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with settings; docs/configuration.md lists them.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; without API keys one of this machine only. [127.0.0.1]")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [8000]")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of gRPC; none without it.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where jobs, videos and the tiny checkpoint are kept.")] = None,
     batching: Annotated[
-        Literal["auto", "always", "off"], typer.Option(help="Whether requests share forwards; auto: where it pays.")
-    ] = "auto",
-    max_pack: Annotated[int, typer.Option(help="Requests in one forward, at most.")] = 8,
+        Literal["auto", "always", "off"] | None,
+        typer.Option(help="Whether requests share forwards; auto: where it pays. [auto]"),
+    ] = None,
+    max_pack: Annotated[int | None, typer.Option(help="Requests in one forward, at most. [8]")] = None,
     warmup: Annotated[
-        Literal["none", "default", "all"], typer.Option(help="Recommended sizes to run once before the start.")
-    ] = "default",
+        Literal["none", "default", "all"] | None,
+        typer.Option(help="Recommended sizes to run once before the start. [default]"),
+    ] = None,
     metrics_alias: Annotated[
         Literal["vllm"] | None, typer.Option(help="Publish metrics that vLLM has too under its names as well.")
     ] = None,
+    keys_file: Annotated[
+        Path | None, typer.Option(help="API keys, as `helios-serve keys` writes them; or HELIOS_API_KEYS as text.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A web origin whose pages may call; repeatable.")
+    ] = None,
+    media_url_host: Annotated[
+        list[str] | None, typer.Option(help="A host from which media may be fetched; repeatable.")
+    ] = None,
+    webhook_private: Annotated[
+        bool | None, typer.Option("--webhook-private", help="Webhooks may go to addresses that are not public.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file, for HTTP and gRPC; with --tls-key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    database_url: Annotated[
+        str | None, typer.Option(help="postgresql://... for several servers; SQLite in the data directory when absent.")
+    ] = None,
+    blob_url: Annotated[
+        str | None, typer.Option(help="s3://bucket/prefix for videos; the data directory when absent.")
+    ] = None,
+    log_format: Annotated[
+        Literal["json", "text"] | None, typer.Option(help="Of the log; text on a terminal, else json.")
+    ] = None,
     executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="local: all roles in this process; ray: workers of a cluster.")
-    ] = "local",
-    encoders: Annotated[int, typer.Option(help="ray: encoder workers.")] = 1,
-    dit_groups: Annotated[int, typer.Option(help="ray: DiT groups.")] = 1,
-    dit_ranks: Annotated[int, typer.Option(help="ray: processes of one DiT group.")] = 1,
-    vaes: Annotated[int, typer.Option(help="ray: VAE workers.")] = 1,
+        Literal["local", "ray"] | None,
+        typer.Option(help="local: all roles in this process; ray: workers of a cluster. [local]"),
+    ] = None,
+    encoders: Annotated[int | None, typer.Option(help="ray: encoder workers. [1]")] = None,
+    dit_groups: Annotated[int | None, typer.Option(help="ray: DiT groups. [1]")] = None,
+    dit_ranks: Annotated[int | None, typer.Option(help="ray: processes of one DiT group. [1]")] = None,
+    vaes: Annotated[int | None, typer.Option(help="ray: VAE workers. [1]")] = None,
     gpus_per_encoder: Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 0.25.")] = None,
     gpus_per_rank: Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 1.")] = None,
     gpus_per_vae: Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 0.5.")] = None,
@@ -156,31 +183,56 @@ def serve(
     ] = None,
     device: DeviceFlag = None,
     dtype: DTypeFlag = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, as section.field=value; repeatable.")
+    ] = None,
 ) -> None:
-    """Serve the HTTP API."""
+    """Serve over HTTP, and gRPC where it has a port."""
     from helios_serve.server import run_server
 
-    config = ServerConfig(
-        host=host,
-        port=port,
-        data_dir=data_dir or default_data_dir(),
-        warmup=warmup,
-        metrics_alias=metrics_alias,
-    )
-    engine = EngineConfig(batching=batching, max_pack=max_pack)
-    chosen = _model_config(_embedded_model(config.data_dir) if model is None else model, device, dtype)
-    on_gpu = chosen.device == "cuda"
-    ray = ExecutorConfig(
-        num_encoders=encoders,
-        num_dit_groups=dit_groups,
-        num_dit_ranks=dit_ranks,
-        num_vaes=vaes,
-        gpus_per_encoder=_share(gpus_per_encoder, 0.25 * on_gpu),
-        gpus_per_rank=_share(gpus_per_rank, 1.0 * on_gpu),
-        gpus_per_vae=_share(gpus_per_vae, 0.5 * on_gpu),
-        address=ray_address,
-    )
-    run_server(chosen, engine, config, ray if executor == "ray" else None)
+    given: dict[str, tuple[str, object]] = {
+        "MODEL": ("model.model", model),
+        "--host": ("server.host", host),
+        "--port": ("server.port", port),
+        "--grpc-port": ("server.grpc_port", grpc_port),
+        "--data-dir": ("server.data_dir", data_dir),
+        "--batching": ("engine.batching", batching),
+        "--max-pack": ("engine.max_pack", max_pack),
+        "--warmup": ("server.warmup", warmup),
+        "--metrics-alias": ("server.metrics_alias", metrics_alias),
+        "--keys-file": ("server.keys_file", keys_file),
+        "--cors-origin": ("server.cors_origins", _listed(cors_origin)),
+        "--media-url-host": ("server.media_url_hosts", _listed(media_url_host)),
+        "--webhook-private": ("server.webhook_private", webhook_private),
+        "--tls-cert": ("server.tls_cert", tls_cert),
+        "--tls-key": ("server.tls_key", tls_key),
+        "--database-url": ("store.database_url", database_url),
+        "--blob-url": ("store.blob_url", blob_url),
+        "--log-format": ("server.log_format", log_format),
+        "--executor": ("executor", executor),
+        "--encoders": ("ray.num_encoders", encoders),
+        "--dit-groups": ("ray.num_dit_groups", dit_groups),
+        "--dit-ranks": ("ray.num_dit_ranks", dit_ranks),
+        "--vaes": ("ray.num_vaes", vaes),
+        "--gpus-per-encoder": ("ray.gpus_per_encoder", gpus_per_encoder),
+        "--gpus-per-rank": ("ray.gpus_per_rank", gpus_per_rank),
+        "--gpus-per-vae": ("ray.gpus_per_vae", gpus_per_vae),
+        "--ray-address": ("ray.address", ray_address),
+        "--device": ("model.device", device),
+        "--dtype": ("model.dtype", dtype),
+    }
+    flags = [Flag(name=name, key=key, value=value) for name, (key, value) in given.items()]
+    derive: dict[str, Derive] = {
+        "model.model": lambda known: _embedded_model(Path(str(known["server.data_dir"]))),
+        "model.device": lambda known: _best_device(),
+        "model.dtype": lambda known: "float32" if known["model.device"] == "cpu" else "bfloat16",
+        "ray.gpus_per_encoder": lambda known: 0.25 * (known["model.device"] == "cuda"),
+        "ray.gpus_per_rank": lambda known: 1.0 * (known["model.device"] == "cuda"),
+        "ray.gpus_per_vae": lambda known: 0.5 * (known["model.device"] == "cuda"),
+    }
+    loaded = load_settings(config, os.environ, [*flags, *assignments(settings or ())], derive)
+    configure_logging(loaded.server.log_format)
+    run_server(loaded)
 
 
 @app.command()
@@ -190,15 +242,19 @@ def version() -> None:
 
 
 def _model_config(model: str, device: Device | None, dtype: DType | None) -> ModelConfig:
-    import torch
-
-    chosen: Device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen: Device = device or _best_device()
     by_device: DType = "float32" if chosen == "cpu" else "bfloat16"
     return ModelConfig(model=model, device=chosen, dtype=dtype or by_device)
 
 
-def _share(given: float | None, by_device: float) -> float:
-    return by_device if given is None else given
+def _best_device() -> Device:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _listed(given: list[str] | None) -> tuple[str, ...] | None:
+    return None if given is None else tuple(given)
 
 
 def _embedded_model(data_dir: Path) -> str:

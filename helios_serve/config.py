@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
@@ -73,10 +73,16 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Where the server listens and keeps its files.
+    """Where the server listens and keeps its files, and who may call.
 
     warmup: sizes that run once before the server is ready. metrics_alias: publish what vLLM's dashboards know under
-    its names too.
+    its names too. keys_file, keys: API keys, in a file that is watched and as text; without either only this machine
+    is answered. cors_origins: web pages that may call, such as https://app.example. media_url_hosts: hosts from which
+    images and videos may be fetched, `.example.com` for all below example.com; none by default. webhook_private:
+    webhooks may go to addresses that are not public. grpc_port: gRPC listens there too, 0 takes a free one; None: not
+    at all. tls_cert, tls_key: PEM files for HTTP and gRPC, both or none. tls_client_ca: clients need a certificate of
+    this authority. log_format: None is text on a terminal, else JSON. otel_endpoint: where traces go, as
+    http://host:4318; None makes none.
     """
 
     host: str = "127.0.0.1"
@@ -84,14 +90,36 @@ class ServerConfig:
     data_dir: Path
     warmup: Literal["none", "default", "all"] = "default"
     metrics_alias: Literal["vllm"] | None = None
+    keys_file: Path | None = None
+    keys: str | None = field(default=None, repr=False)
+    cors_origins: tuple[str, ...] = ()
+    media_url_hosts: tuple[str, ...] = ()
+    webhook_private: bool = False
+    grpc_port: int | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    log_format: Literal["json", "text"] | None = None
+    otel_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port {self.port}: must be 0 to 65535")
-        if not self.is_loopback:
+        if self.grpc_port is not None and not 0 <= self.grpc_port <= 65535:
+            raise ValueError(f"grpc_port {self.grpc_port}: must be 0 to 65535")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key: give both or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca: only together with tls_cert and tls_key")
+        if not self.is_loopback and not self.has_keys:
             raise ValueError(
-                f"host {self.host}: without API keys the server listens on loopback addresses only; use 127.0.0.1"
+                f"host {self.host}: without API keys the server listens on loopback addresses only; use 127.0.0.1, or "
+                "give keys_file"
             )
+
+    @property
+    def has_keys(self) -> bool:
+        return self.keys_file is not None or bool(self.keys)
 
     @property
     def is_loopback(self) -> bool:

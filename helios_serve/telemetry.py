@@ -1,4 +1,4 @@
-"""Logging of the process, and the metrics of one server.
+"""The metrics of one server.
 
 Knows names, labels and buckets of what is published (API.md 7) and nothing of who reports it. No label holds an id, a
 prompt, a tenant or a path.
@@ -6,7 +6,6 @@ prompt, a tenant or a path.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -24,12 +23,8 @@ PhaseName = Literal["text_encode", "image_encode", "video_encode", "chunk", "dec
 JobState = Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
 InteractionOutcome = Literal["queued", "applied", "refused"]
 AuthFailure = Literal["invalid_api_key", "insufficient_scope", "origin_not_allowed", "auth_throttled"]
+AUTH_FAILURES: tuple[AuthFailure, ...] = get_args(AuthFailure)
 WebhookOutcome = Literal["delivered", "failed", "dead"]
-
-
-def configure_logging(level: int = logging.INFO) -> None:
-    """One line per record on standard error, with time, level and module."""
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
 
 
 def _doubling(first: float, last: float) -> tuple[float, ...]:

@@ -32,6 +32,7 @@ Task = Literal["t2v", "i2v", "v2v"]
 ServiceClass = Literal["realtime", "offline"]
 Codec = Literal["h264", "vp9", "av1"]
 Role = Literal["encoder", "dit", "vae"]
+PlayState = Literal["running", "paused", "waiting_for_credit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,11 +166,23 @@ class Frames:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What the encoder made of a request's image or video, kept from an earlier run so that it is not encoded again.
+
+    record: its starting history, as `Executor.read` gives it. generator_state: before chunk 0.
+    """
+
+    task: Task
+    record: bytes
+    generator_state: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VideoRequest:
     """What a caller asked for, validated and complete.
 
-    `prompts` is a schedule: rising chunks, the first at 0. At most one of `image` (one frame) and `video` is set; both
-    already have the size of the output.
+    `prompts` is a schedule: rising chunks, the first at 0. At most one of `image` (one frame), `video` and `start` is
+    set; the first two already have the size of the output.
     """
 
     request_id: str
@@ -178,6 +191,7 @@ class VideoRequest:
     negative_prompt: str = ""
     image: Frames | None = None
     video: Frames | None = None
+    start: Start | None = None
     service_class: ServiceClass = "offline"
     tenant: str = "default"
     priority: int = 0
@@ -185,12 +199,20 @@ class VideoRequest:
     """`reproducible: strict`: never shares a forward with another request."""
     is_interactive: bool = False
     """A session that takes prompt changes while it plays: it runs ahead less."""
+    is_open_ended: bool = False
+    """It goes on until it is stopped; `params.num_frames` is a bound that is not planned for."""
 
     @property
     def task(self) -> Task:
+        if self.start is not None:
+            return self.start.task
         if self.image is not None:
             return "i2v"
         return "t2v" if self.video is None else "v2v"
+
+    def prompt_at(self, chunk: int) -> str:
+        """The prompt that took over last."""
+        return [change for change in self.prompts if change.chunk <= chunk][-1].prompt
 
     def prompt_weight(self, chunk: int) -> float:
         """How much of the prompt that took over last is in `chunk`: 1 outside transitions."""
@@ -242,11 +264,29 @@ class ChunkRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """Where a request goes on that was begun before, by another engine or another request.
+
+    records: of the last chunks that the history reaches, the pinned one and those in `undecoded`. generator_state:
+    before `next_chunk`. undecoded: earlier chunks whose segments are still to be made; all others have theirs.
+    """
+
+    next_chunk: int
+    records: tuple[ChunkRecord, ...]
+    generator_state: bytes
+    undecoded: tuple[int, ...] = ()
+    is_suspect: bool = False
+    """It was running when a worker was lost: it runs alone next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeTask:
-    """The prompts and media of one request, given to one encoder."""
+    """The prompts and media of one request, given to one encoder. `conditioning`: an earlier result for the request,
+    of which only the prompts are made anew."""
 
     task_id: str
     request: VideoRequest
+    conditioning: TensorRef | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -428,10 +468,48 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request's conditioning is there; readable until the request ends. generator_state: before chunk 0."""
+
+    request_id: str
+    conditioning: TensorRef
+    generator_state: bytes
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkStarted:
+    """A chunk was given to a DiT group, whose pack then holds `num_sharing` chunks."""
+
+    request_id: str
+    chunk: int
+    num_sharing: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkReady:
+    """A chunk is denoised. Its latents stay readable until the request's keeper says that they are committed."""
+
+    request_id: str
+    record: ChunkRecord
+    attempt: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentReady:
-    """A chunk is decoded and encoded."""
+    """A chunk is decoded and encoded. seconds: decoding, and muxing."""
 
     segment: Segment
+    seconds: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlayChanged:
+    """A session's generation stands still or goes on."""
+
+    request_id: str
+    state: PlayState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -450,5 +528,5 @@ class Failure:
     message: str
 
 
-Event = Progress | SegmentReady | Completed | Failure
+Event = Progress | Prepared | ChunkStarted | ChunkReady | SegmentReady | PlayChanged | Completed | Failure
 """What an engine yields for a submitted request; ends with Completed or Failure."""

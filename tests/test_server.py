@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import av
 import httpx2
@@ -61,6 +62,7 @@ def serving(data_dir: Path, *arguments: str) -> Iterator[Server]:
             watchdog.cancel()
             process.kill()
             reader.join()
+            print("".join(server.errors)[-4000:])  # shown when a test fails
 
 
 def _read_welcome(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -84,7 +86,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def num_frames(video: bytes) -> int:
-    with av.open(io.BytesIO(video)) as container:
+    with av.open(io.BytesIO(video), "r") as container:
         return sum(1 for _ in container.decode(video=0))
 
 
@@ -136,18 +138,51 @@ def test_a_server_from_start_to_ctrl_c(data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_busy_server_cleanly(data_dir: Path, number: signal.Signals) -> None:
-    """The running request is answered with 503 `draining`; nothing half-written stays."""
+def test_a_signal_ends_a_busy_server_and_the_next_one_goes_on(data_dir: Path, number: signal.Signals) -> None:
+    """The running request is answered with 503 `draining`; its job loses nothing."""
     with serving(data_dir) as server, ThreadPoolExecutor(1) as clients:
-        before = set((data_dir / "videos").iterdir())
-        running = clients.submit(make, server, num_frames=7000)
-        time.sleep(1.0)  # long enough to be running, not to be done
+        running = clients.submit(make, server, num_frames=1320, prompt=f"signal {number}")
+        video = until(server, lambda newest: newest["prompt"] == f"signal {number}" and chunks_done(newest) >= 1)
         assert not running.done()
         assert server.stop(number) == 0
         answer = running.result()
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
-        assert set((data_dir / "videos").iterdir()) == before
+        assert answer.headers["retry-after"] == "1"
     assert "Traceback" not in "".join(server.errors)
+    with serving(data_dir) as server:
+        found = newest(server)
+        assert (found["id"], found["status"]) == (video["id"], "in_progress")
+        assert chunks_done(found) >= chunks_done(video)
+        until(server, lambda newest: newest["status"] == "completed")
+        content = httpx2.get(f"{server.url}/v1/videos/{video['id']}/content")
+        assert num_frames(content.content) == 1320
+        assert server.stop(number) == 0
+    assert "Traceback" not in "".join(server.errors)
+
+
+def newest(server: Server) -> dict[str, Any]:
+    found: list[dict[str, Any]] = httpx2.get(f"{server.url}/v1/videos", params={"limit": 1}).json()["data"]
+    return found[0] if found else {"prompt": "", "status": "", "helios": {"chunks_done": 0}}
+
+
+def chunks_done(video: dict[str, Any]) -> int:
+    count: int = video["helios"]["chunks_done"]
+    return count
+
+
+def until(server: Server, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The newest job, when it is so."""
+    deadline = time.monotonic() + 120
+    while not condition(video := newest(server)):
+        assert time.monotonic() < deadline, video
+        time.sleep(0.05)
+    return video
+
+
+def test_the_greeting_means_that_it_listens(data_dir: Path) -> None:
+    with serving(data_dir, "--warmup", "none") as server:
+        socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))).close()
+        assert server.stop(signal.SIGTERM) == 0
 
 
 def test_a_taken_port_is_one_clear_error(data_dir: Path) -> None:

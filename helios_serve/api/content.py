@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
-import anyio
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from helios_serve.api.jobs import StoredVideo
 from helios_serve.errors import HeliosError
 
-PIECE_BYTES = 64 * 1024
+Read = Callable[[StoredVideo, int, int], AsyncIterator[bytes]]
+"""Bytes `start` to `end` - 1 of a video."""
+
 _CACHE = "private, max-age=3600, immutable"
 
 
@@ -26,7 +27,7 @@ class RangeNotSatisfiableError(HeliosError):
         self.num_bytes = num_bytes
 
 
-def video_response(request: Request, video: StoredVideo, headers: Mapping[str, str]) -> Response:
+def video_response(request: Request, video: StoredVideo, read: Read, headers: Mapping[str, str]) -> Response:
     """The answer to GET or HEAD; honours Range (one range), If-Range and If-None-Match.
 
     Raises:
@@ -52,13 +53,15 @@ def video_response(request: Request, video: StoredVideo, headers: Mapping[str, s
     status = 200 if span is None else 206
     if request.method == "HEAD":
         return Response(status_code=status, headers=common, media_type="video/mp4")
-    return StreamingResponse(_pieces(video, served), status_code=status, headers=common, media_type="video/mp4")
+    return StreamingResponse(
+        read(video, served.start, served.stop), status_code=status, headers=common, media_type="video/mp4"
+    )
 
 
-def whole_video(video: StoredVideo, headers: Mapping[str, str]) -> Response:
+def whole_video(video: StoredVideo, read: Read, headers: Mapping[str, str]) -> Response:
     """The finished file as the answer to a generation."""
     return StreamingResponse(
-        _pieces(video, range(video.num_bytes)),
+        read(video, 0, video.num_bytes),
         headers={"content-length": str(video.num_bytes), "etag": video.etag, **headers},
         media_type="video/mp4",
     )
@@ -90,15 +93,3 @@ def _client_has(header: str | None, etag: str) -> bool:
         return False
     tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
     return etag in tags or "*" in tags
-
-
-async def _pieces(video: StoredVideo, span: range) -> AsyncIterator[bytes]:
-    async with await anyio.open_file(video.path, "rb") as file:
-        await file.seek(span.start)
-        left = len(span)
-        while left > 0:
-            piece = await file.read(min(PIECE_BYTES, left))
-            if not piece:
-                raise RuntimeError(f"{video.path} is shorter than when it was stored")
-            left -= len(piece)
-            yield piece

@@ -14,16 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from helios_serve.api.media_input import Media, load_image, load_video
+from helios_serve.api.media_input import Media, image_size, load_image, load_video, read_image
 from helios_serve.api.names import NamedBody, read_body, shown
-from helios_serve.api.sampling import ParameterWarning, Shape, Warnings, resolve_sampling, service_class_of
+from helios_serve.api.sampling import ParameterWarning, Shape, Warnings, resolve_sampling
 from helios_serve.api.schemas import PromptEntry
-from helios_serve.api.sizes import check_size
+from helios_serve.api.sizes import check_size, size_like
 from helios_serve.errors import InvalidRequestError, NotFoundError
-from helios_serve.types import FRAMES_PER_CHUNK, ModelInfo, PromptChange, SamplingParams, VideoRequest
+from helios_serve.types import FRAMES_PER_CHUNK, ModelInfo, PromptChange, SamplingParams, ServiceClass, VideoRequest
 
 DEFAULT_NUM_FRAMES = 132
-DEFAULT_EXPIRY_S = 86_400
+MIN_EXPIRY_S = 3_600
+MAX_QUEUE_TIMEOUT_S = 86_400
 _BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
@@ -34,6 +35,7 @@ class Limits:
     max_frames: int = 7260
     max_b64_frames: int = 726
     max_prompts: int = 64
+    max_expires_after_s: int = 7 * 86_400
     model_aliases: tuple[str, ...] = ()
 
 
@@ -49,12 +51,26 @@ class ParsedRequest:
     is_async: bool
     with_segments: bool
     """Whether a stream of events carries the segments, or progress alone."""
+    has_seed: bool
+    """Whether the caller chose the seed."""
+    has_length: bool
+    """Whether the caller said how long the video is to be."""
+    has_class: bool
+    """Whether the caller chose the service class."""
     user: str | None
     metadata: Mapping[str, str] | None
+    queue_timeout_s: float | None
+    webhook_url: str | None
+    expires_after_s: float | None
 
 
-def parse_generation(body: Mapping[str, object], model: ModelInfo, media: Media, limits: Limits) -> ParsedRequest:
+def parse_generation(
+    body: Mapping[str, object], model: ModelInfo, media: Media, limits: Limits, *, is_live: bool = False
+) -> ParsedRequest:
     """Validates `body` (a parsed JSON object) for `model`; decodes its media, which may take a while.
+
+    Args:
+        is_live: somebody watches the video while it is made, as with `stream`: it is realtime unless it says otherwise.
 
     Raises:
         InvalidRequestError: anything that cannot be served as written, with `param` as the client named the field.
@@ -64,11 +80,22 @@ def parse_generation(body: Mapping[str, object], model: ModelInfo, media: Media,
     fields = named.fields
     warnings: Warnings = []
     _check_model(named, model, limits)
-    _check_off(named)
+    _check_handling(named, limits)
     _check_outputs(named)
-    width, height = _size(named, model, warnings)
-    num_frames = _num_frames(named, limits, warnings)
-    params = resolve_sampling(named, model, Shape(width=width, height=height, num_frames=num_frames), warnings)
+    _check_media(named, warnings)
+    by_image = fields.size == "auto" and fields.width is None and fields.height is None
+    image = read_image(named, media) if by_image else None
+    like = None if image is None else image_size(image, named, media)
+    width, height = _size(named, model, like, warnings)
+    chosen = fields.helios.service_class
+    default: ServiceClass = "realtime" if is_live or fields.stream else "offline"
+    shape = Shape(
+        width=width,
+        height=height,
+        num_frames=_num_frames(named, limits, warnings),
+        service_class=default if chosen is None else chosen,
+    )
+    params = resolve_sampling(named, model, shape, warnings)
     if fields.response_format == "b64_json" and params.num_output_frames > limits.max_b64_frames:
         raise InvalidRequestError(
             f"response_format b64_json: the video has {params.num_output_frames} frames, at most "
@@ -76,15 +103,15 @@ def parse_generation(body: Mapping[str, object], model: ModelInfo, media: Media,
             param="response_format",
         )
     prompts = _prompts(named, params, limits)
-    _check_media(named, warnings)
     request = VideoRequest(
         request_id=new_video_id(),
         prompts=prompts,
         params=params,
         negative_prompt="" if fields.negative_prompt is None else fields.negative_prompt,
-        image=load_image(named, params, media),
+        image=load_image(named, params, media, image),
         video=load_video(named, params, media),
-        service_class=service_class_of(fields.helios),
+        service_class=shape.service_class,
+        priority=fields.priority,
         is_strict=fields.helios.reproducible == "strict",
     )
     return ParsedRequest(
@@ -95,8 +122,14 @@ def parse_generation(body: Mapping[str, object], model: ModelInfo, media: Media,
         stream=fields.stream,
         is_async=fields.async_,
         with_segments=fields.partial_videos == "all",
+        has_seed=fields.seed is not None,
+        has_length=fields.num_frames is not None or fields.seconds is not None,
+        has_class=chosen is not None,
         user=fields.user,
         metadata=fields.metadata,
+        queue_timeout_s=fields.queue_timeout,
+        webhook_url=fields.webhook_url,
+        expires_after_s=fields.expires_after,
     )
 
 
@@ -114,8 +147,8 @@ def _check_model(named: NamedBody, model: ModelInfo, limits: Limits) -> None:
         )
 
 
-def _check_off(named: NamedBody) -> None:
-    """Fields of the schema that this server cannot honour yet: only the value that means off is accepted."""
+def _check_handling(named: NamedBody, limits: Limits) -> None:
+    """Fields about the job rather than its video."""
     body = named.fields
     if body.stream and body.async_:
         raise InvalidRequestError(
@@ -123,17 +156,19 @@ def _check_off(named: NamedBody) -> None:
             param=named.name("async"),
             code="conflicting_parameters",
         )
-    unsupported = (
-        ("priority", body.priority != 0, "priorities are not offered; leave it out or give 0"),
-        ("queue_timeout", body.queue_timeout is not None, "queue time-outs are not offered; leave it out"),
-        ("webhook_url", body.webhook_url is not None, "webhooks are not offered; leave it out"),
-        ("expires_after", body.expires_after not in (None, DEFAULT_EXPIRY_S), "only 86400 is offered; leave it out"),
-    )
-    for key, is_set, message in unsupported:
-        if is_set:
-            raise InvalidRequestError(
-                f"{named.name(key)}: {message}", param=named.name(key), code="unsupported_parameter"
-            )
+    if body.queue_timeout is not None and not 0 < body.queue_timeout <= MAX_QUEUE_TIMEOUT_S:
+        name = named.name("queue_timeout")
+        raise InvalidRequestError(
+            f"{name} {body.queue_timeout:g}: must be above 0 and at most {MAX_QUEUE_TIMEOUT_S} seconds", param=name
+        )
+    if body.expires_after is not None and not MIN_EXPIRY_S <= body.expires_after <= limits.max_expires_after_s:
+        name = named.name("expires_after")
+        raise InvalidRequestError(
+            f"{name} {body.expires_after}: must be {MIN_EXPIRY_S} to {limits.max_expires_after_s} seconds", param=name
+        )
+    if body.webhook_url is not None and re.fullmatch(r"https://[^\s/]+\S{0,2000}", body.webhook_url) is None:
+        name = named.name("webhook_url")
+        raise InvalidRequestError(f"{name} {shown(body.webhook_url)}: must be an https URL", param=name)
 
 
 def _check_outputs(named: NamedBody) -> None:
@@ -151,10 +186,10 @@ def _check_outputs(named: NamedBody) -> None:
             raise InvalidRequestError(f"metadata key {shown(key)}: must have 1 to 64 characters", param="metadata")
 
 
-def _size(named: NamedBody, model: ModelInfo, warnings: Warnings) -> tuple[int, int]:
+def _size(named: NamedBody, model: ModelInfo, like: tuple[int, int] | None, warnings: Warnings) -> tuple[int, int]:
     body = named.fields
     if body.width is None and body.height is None:
-        size = _size_from_text(named, model)
+        size = _size_from_text(named, model, like)
         param = "size"
     else:
         if body.width is None or body.height is None:
@@ -164,7 +199,7 @@ def _size(named: NamedBody, model: ModelInfo, warnings: Warnings) -> tuple[int, 
             )
         size = (body.width, body.height)
         param = "width" if body.width % model.size_multiple or not body.height % model.size_multiple else "height"
-        if body.size not in (None, "auto") and _size_from_text(named, model) != size:
+        if body.size not in (None, "auto") and _size_from_text(named, model, like) != size:
             raise InvalidRequestError(
                 f"size {shown(body.size)}: width and height say {size[0]}x{size[1]}; give one of them",
                 param="size",
@@ -178,16 +213,12 @@ def _size(named: NamedBody, model: ModelInfo, warnings: Warnings) -> tuple[int, 
     return size
 
 
-def _size_from_text(named: NamedBody, model: ModelInfo) -> tuple[int, int]:
+def _size_from_text(named: NamedBody, model: ModelInfo, like: tuple[int, int] | None) -> tuple[int, int]:
     text = named.fields.size
     if text is None:
         return model.default_size
     if text == "auto":
-        if named.fields.input_reference is not None:
-            raise InvalidRequestError(
-                "size auto: not offered beside an image; give WIDTHxHEIGHT", param="size", code="unsupported_parameter"
-            )
-        return model.default_size
+        return model.default_size if like is None else size_like(*like, model)
     match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
     if match is None:
         width, height = model.default_size

@@ -6,10 +6,10 @@ import json
 import re
 
 from fastapi import Request
+from starlette.requests import HTTPConnection
 
-from helios_serve.api.jobs import State
+from helios_serve.api.jobs import Origin, Page, State
 from helios_serve.api.names import shown
-from helios_serve.api.service import Page
 from helios_serve.errors import HeliosError, InvalidRequestError, UnsupportedMediaTypeError
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -110,7 +110,7 @@ def page_of(after: str | None, limit: int, order: str, status: str | None) -> Pa
     by_status: dict[str, frozenset[State]] = {
         "queued": frozenset({"queued"}),
         "in_progress": frozenset({"in_progress"}),
-        "completed": frozenset({"completed"}),
+        "completed": frozenset({"completed", "expired"}),
         "failed": frozenset({"failed", "cancelled"}),
     }
     if status is not None and status not in by_status:
@@ -119,8 +119,28 @@ def page_of(after: str | None, limit: int, order: str, status: str | None) -> Pa
     return Page(limit=limit, after=after, newest_first=order == "desc", states=states)
 
 
-def base_url_of(request: Request) -> str:
-    return str(request.base_url).rstrip("/")
+def origin_of(request: Request, route: str) -> Origin:
+    """How a call that creates a job came in: its idempotency key, or that the client sends it again.
+
+    Raises: InvalidRequestError for a key of no or too many characters.
+    """
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= 255:
+        raise InvalidRequestError("idempotency-key: must have 1 to 255 characters", param="idempotency-key")
+    count = request.headers.get("x-stainless-retry-count", "0")
+    return Origin(route=route, idempotency_key=key, is_retry=count.isdecimal() and count.strip("0") != "")
+
+
+def read_timeout_s(request: Request) -> float | None:
+    """How long the client waits for a byte, where it says so."""
+    text = request.headers.get("x-stainless-read-timeout", "")
+    return float(text) if re.fullmatch(r"[0-9]{1,9}([.][0-9]{1,6})?", text) else None
+
+
+def base_url_of(request: HTTPConnection) -> str:
+    """Scheme and host as the client reaches them; a WebSocket's are those of its page."""
+    base = str(request.base_url).rstrip("/")
+    return base.replace("ws", "http", 1) if request.scope["type"] == "websocket" else base
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

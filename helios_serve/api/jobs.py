@@ -1,161 +1,205 @@
-"""The state of one job and its JSON forms. Knows no engine and no protocol; `service` is the only writer of a `Job`."""
+"""What a caller sees of a job, and its JSON forms. Snapshots only: they never change. Knows no engine, no store and no
+protocol."""
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 from helios_serve.api import schemas
-from helios_serve.api.convert import Limits, ParsedRequest
+from helios_serve.api.convert import Limits
+from helios_serve.api.limits import FrameBudget
 from helios_serve.api.sampling import ParameterWarning
 from helios_serve.errors import HeliosError
 from helios_serve.types import FRAMES_PER_CHUNK, ModelInfo, StepCursor, VideoRequest
 
-State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+State = Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
+JobPhase = Literal["queued", "text_encode", "denoise", "store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredVideo:
-    """A finished MP4 on disk; `etag` is its quoted SHA-256."""
+class Timing:
+    """Milliseconds; None where the job has not come to yet. device_ms: time of the DiT devices so far."""
 
-    path: Path
-    num_bytes: int
-    etag: str
+    queue_ms: int | None = None
+    encode_ms: int | None = None
+    first_segment_ms: int | None = None
+    denoise_ms: int | None = None
+    decode_ms: int | None = None
+    mux_ms: int | None = None
+    total_ms: int | None = None
+    device_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredSegment:
-    """The encoded frames of one chunk on disk; `init` is that of the whole video."""
-
-    path: Path
-    init: bytes
-    index: int
-    start_frame: int
-    num_frames: int
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One request on its way to a video. Mutable; its one owner is the service."""
+    """A job as its owner sees it at one moment.
 
-    request: VideoRequest
+    request: without pictures. with_segments: its events carry the segments, not progress alone. chunks_done: segments 0
+    to `chunks_done` - 1 can be read. num_chunks, num_frames: of the result; of an open-ended session that still runs,
+    bounds. Times in seconds of the Unix epoch.
+    """
+
+    id: str
     model: str
+    state: State
+    request: VideoRequest
     warnings: tuple[ParameterWarning, ...]
     user: str | None
     metadata: Mapping[str, str] | None
     with_segments: bool
-    """Whether its events carry the segments, or progress alone."""
-    state: State = "queued"
-    created_at: float = field(default_factory=time.time)
-    """Unix seconds."""
-    completed_at: float | None = None
-    started_s: float = field(default_factory=time.monotonic)
-    steps_done: int = 0
-    chunks_done: int = 0
-    device_ms: float = 0.0
-    queue_ms: int | None = None
-    first_segment_ms: int | None = None
-    total_ms: int | None = None
-    cursor: StepCursor | None = None
-    """The last step that was done."""
-    segments: list[StoredSegment] = field(default_factory=list)
-    video: StoredVideo | None = None
-    error: HeliosError | None = None
-    finished: asyncio.Event = field(default_factory=asyncio.Event)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    expires_at: float | None
+    chunks_done: int
+    progress: int
+    queue_position: int | None
+    eta_s: float | None
+    timing: Timing
+    error: HeliosError | None
+    is_open_ended: bool
+    num_chunks: int
+    num_frames: int
+    remixed_from: str | None
+    extended_from: str | None
+    mime_type: str | None
 
     @property
-    def id(self) -> str:
-        return self.request.request_id
+    def has_ended(self) -> bool:
+        return self.state not in ("queued", "in_progress")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredVideo:
+    """A finished MP4, by the hash of its content."""
+
+    key: str
+    num_bytes: int
 
     @property
-    def progress(self) -> int:
-        """Percent of the steps that are done; 100 only when the video can be read."""
-        if self.state == "completed":
-            return 100
-        return min(99, 100 * self.steps_done // self.request.params.total_steps)
-
-    @property
-    def elapsed_ms(self) -> int:
-        return round(1000 * (time.monotonic() - self.started_s))
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds until the end at the pace so far; None before the first step and after the end."""
-        if self.state != "in_progress" or self.progress == 0:
-            return None
-        return self.elapsed_ms / 1000 * (100 - self.progress) / self.progress
-
-    def changed(self) -> None:
-        """Wakes whoever watches the job."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def wait_change(self) -> None:
-        await self._changed.wait()
-
-    def drop_media(self) -> None:
-        """Forgets the input pictures, which can be hundreds of megabytes."""
-        self.request = replace(self.request, image=None, video=None)
+    def etag(self) -> str:
+        return f'"{self.key.replace("/", "")}"'
 
 
-def job_from(parsed: ParsedRequest, model: ModelInfo) -> Job:
-    """A queued job."""
-    return Job(
-        request=parsed.request,
-        model=model.name,
-        warnings=parsed.warnings,
-        user=parsed.user,
-        metadata=parsed.metadata,
-        with_segments=parsed.with_segments,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobProgress:
+    """A job has moved: `cursor` is the last step that was done, None before the first."""
+
+    job: Job
+    cursor: StepCursor | None
+    phase: JobPhase
 
 
-def video_object(job: Job, base_url: str) -> schemas.Video:
-    """The `Video` object; `base_url` ends without a slash."""
-    public: Literal["queued", "in_progress", "completed", "failed"] = (
-        "failed" if job.state == "cancelled" else job.state
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSegment:
+    """A segment of a job. generated_ms: from the job's creation until it was there."""
+
+    index: int
+    init: bytes
+    media: bytes
+    start_frame: int
+    num_frames: int
+    fps: float
+    prompt: str
+    prompt_weight: float
+    is_last: bool
+    generated_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEnded:
+    """A job has ended; `job.error` says how, None when it completed."""
+
+    job: Job
+
+
+JobEvent = JobProgress | JobSegment | JobEnded
+"""What a watcher of a job sees: progress at most once per change that it had time for, every segment, one end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """How a call that creates a job came in. route: its verb, for idempotency. is_retry: the client says that it sends
+    the call again, without a key."""
+
+    route: str
+    idempotency_key: str | None = None
+    is_retry: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Created:
+    """is_replayed: the job existed, by its idempotency key or as the same call's earlier try. budget: the caller's
+    frames after it, where they are counted."""
+
+    job: Job
+    is_replayed: bool
+    budget: FrameBudget | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Part of a list of jobs in order of (created_at, id): at most `limit` behind the job `after`."""
+
+    limit: int = 20
+    after: str | None = None
+    newest_first: bool = True
+    states: frozenset[State] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """Where a job's bytes can be read, signed where keys are in use."""
+
+    content: str
+    stream: str
+    events: str
+    hls: str
+
+
+def video_object(job: Job, links: Links) -> schemas.Video:
+    """The `Video` object of the API."""
+    public: dict[State, Literal["queued", "in_progress", "completed", "failed"]] = {
+        "queued": "queued",
+        "in_progress": "in_progress",
+        "completed": "completed",
+        "expired": "completed",
+        "failed": "failed",
+        "cancelled": "failed",
+    }
     return schemas.Video(
         id=job.id,
         object="video",
         model=job.model,
-        status=public,
+        status=public[job.state],
         progress=job.progress,
         created_at=int(job.created_at),
         completed_at=None if job.completed_at is None else int(job.completed_at),
-        expires_at=None,
+        expires_at=None if job.expires_at is None else int(job.expires_at),
         prompt=job.request.prompts[0].prompt,
         size=_size(job),
         seconds=_seconds(job),
         error=None if job.error is None else error_detail(job.error),
-        remixed_from_video_id=None,
+        remixed_from_video_id=job.remixed_from,
         helios=schemas.VideoDetails(
             state=job.state,
-            num_frames=job.request.params.num_output_frames,
-            num_chunks=job.request.params.num_chunks,
+            num_frames=job.num_frames,
+            num_chunks=job.num_chunks,
             chunks_done=job.chunks_done,
             fps=_plain(job.request.params.fps),
             seed=job.request.params.seed,
             steps=list(job.request.params.steps),
-            queue_position=None,
+            queue_position=job.queue_position,
             eta_seconds=None if job.eta_s is None else round(job.eta_s, 3),
-            urls=schemas.VideoUrls(
-                content=content_url(job, base_url),
-                stream=f"{base_url}/v1/videos/{job.id}/stream",
-                events=f"{base_url}/v1/videos/{job.id}/events",
-                hls=None,
-            ),
+            urls=schemas.VideoUrls(content=links.content, stream=links.stream, events=links.events, hls=links.hls),
             timing=_timing(job),
             usage=generation_usage(job),
             warnings=_warnings(job),
             user=job.user,
             metadata=None if job.metadata is None else dict(job.metadata),
-            extended_from_video_id=None,
+            extended_from_video_id=job.extended_from,
         ),
     )
 
@@ -211,38 +255,32 @@ def error_detail(error: HeliosError) -> schemas.ErrorDetail:
     return schemas.ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
 
 
-def content_url(job: Job, base_url: str) -> str:
-    """Where the finished video can be read."""
-    return f"{base_url}/v1/videos/{job.id}/content"
-
-
 def _size(job: Job) -> str:
     return f"{job.request.params.width}x{job.request.params.height}"
 
 
 def _seconds(job: Job) -> str:
     """Playing time as a string, at most three decimals: 5.5, 1.375."""
-    params = job.request.params
-    return f"{params.num_output_frames / params.fps:.3f}".rstrip("0").rstrip(".")
+    return f"{job.num_frames / job.request.params.fps:.3f}".rstrip("0").rstrip(".")
 
 
 def generation_usage(job: Job) -> schemas.Usage:
     """What a job has taken so far."""
-    params = job.request.params
     return schemas.Usage(
-        num_frames=params.num_output_frames,
-        num_chunks=params.num_chunks,
-        video_seconds=round(params.num_output_frames / params.fps, 3),
-        gpu_seconds=round(job.device_ms / 1000, 3),
+        num_frames=job.num_frames,
+        num_chunks=job.num_chunks,
+        video_seconds=round(job.num_frames / job.request.params.fps, 3),
+        gpu_seconds=round(job.timing.device_ms / 1000, 3),
     )
 
 
 def _timing(job: Job) -> schemas.Timing:
+    timing = job.timing
     return schemas.Timing(
-        queue_ms=job.queue_ms,
-        encode_ms=None,
-        first_segment_ms=job.first_segment_ms,
-        total_ms=job.total_ms,
+        queue_ms=timing.queue_ms,
+        encode_ms=timing.encode_ms,
+        first_segment_ms=timing.first_segment_ms,
+        total_ms=timing.total_ms,
     )
 
 

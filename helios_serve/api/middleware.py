@@ -5,6 +5,7 @@ Pure ASGI: a wrapper that runs the application in another task would hide the cl
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -19,9 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from helios_serve.api import schemas
 from helios_serve.api.jobs import error_detail
-from helios_serve.api.service import InternalError
-from helios_serve.errors import BodyTooLargeError, HeliosError
+from helios_serve.errors import BodyTooLargeError, HeliosError, InvalidRequestError
+from helios_serve.logs import PROBES, Access, bind_request_id, current_request_id, log_access
 from helios_serve.telemetry import Metrics
+from helios_serve.tracing import NoTracing, Tracing, bind_context, context_from
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,10 @@ NO_ANSWER = 499
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 
 
+class InternalError(HeliosError):
+    """A defect on our side; the log has the cause (HTTP 500)."""
+
+
 def error_response(error: HeliosError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Every error answer: OpenAI's shape, and whether a retry can help."""
     if error.retryable:
@@ -50,29 +56,56 @@ def error_response(error: HeliosError, headers: Mapping[str, str] | None = None)
 
 
 class RequestCount:
-    """Counts every request and its time until the last byte of the answer is sent. The outermost layer."""
+    """Counts every request and its time until the last byte of the answer is sent, with a line in the log and a span.
+    The outermost layer: all that is logged and traced inside belongs to the request's id."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = NoTracing() if tracing is None else tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started_s, status = time.monotonic(), NO_ANSWER
+        with bind_request_id(_request_id(Headers(scope=scope).get("x-request-id"))):
+            await self._recorded(scope, receive, send)
+
+    async def _recorded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_s, status, num_bytes = time.monotonic(), NO_ANSWER, 0
+        method, template = scope["method"] if scope["method"] in _METHODS else OTHER, _template(scope)
+        tracing = NoTracing() if template in PROBES else self._tracing
+        span = tracing.begin(
+            f"{method} {template}",
+            parent=context_from(Headers(scope=scope)),
+            kind="server",
+            attributes={"http.request.method": method, "http.route": template},
+        )
 
         async def send_noting_status(message: Message) -> None:
-            nonlocal status
+            nonlocal status, num_bytes
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
+            num_bytes += len(message.get("body", b""))
 
         try:
-            await self._app(scope, receive, send_noting_status)
+            with bind_context(span.context):
+                await self._app(scope, receive, send_noting_status)
         finally:
-            method = scope["method"] if scope["method"] in _METHODS else OTHER
-            self._metrics.http_request(_template(scope), method, status, time.monotonic() - started_s)
+            seconds = time.monotonic() - started_s
+            self._metrics.http_request(template, method, status, seconds)
+            access = Access(
+                method=method,
+                path=scope["path"],
+                template=template,
+                status=status,
+                seconds=seconds,
+                num_bytes=num_bytes,
+                client=scope["client"][0] if scope["client"] else None,
+            )
+            log_access(access)
+            span.end(error=str(status) if status >= 500 else None, attributes={"http.response.status_code": status})
 
 
 class RequestBoundary:
@@ -85,7 +118,7 @@ class RequestBoundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        request_id = current_request_id() or _request_id(Headers(scope=scope).get("x-request-id"))
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -98,13 +131,67 @@ class RequestBoundary:
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            logger.info("request %s: the client left while it was sending", request_id)
+            logger.info("request %s: the client left, or reads nothing", request_id)
+            if started:
+                raise
         except Exception:
             logger.exception("request %s failed", request_id)
             if started:
                 raise
             error = InternalError("a defect of the server; its log has the cause under this request's id")
             await error_response(error)(scope, receive, send_with_id)
+
+
+class HeadTooLargeError(HeliosError):
+    """The headers exceed their limit (HTTP 431)."""
+
+    status, grpc_status, code, retryable = 431, "RESOURCE_EXHAUSTED", "headers_too_large", False
+
+
+class HeadLimit:
+    """Refuses heads that are too large, or that do not name one host: what a proxy in front may have read otherwise."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (error := self._problem(scope)) is not None:
+            await error_response(error, {"connection": "close"})(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _problem(self, scope: Scope) -> HeliosError | None:
+        headers = scope["headers"]
+        if sum(len(name) + len(value) for name, value in headers) > self._max_bytes:
+            return HeadTooLargeError(f"headers: at most {self._max_bytes} bytes are allowed together")
+        num_hosts = sum(name == b"host" for name, _ in headers)
+        if num_hosts != 1 and scope.get("http_version") == "1.1":
+            message = f"host: {num_hosts} headers name one; exactly one is needed"
+            return InvalidRequestError(message, param="host", code="malformed_body")
+        return None
+
+
+class SendLimit:
+    """Gives up a client that reads nothing: its buffers are full, and stay so for `seconds`."""
+
+    def __init__(self, app: ASGIApp, *, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None
+
+        await self._app(scope, receive, send_in_time)
 
 
 class BodyLimit:

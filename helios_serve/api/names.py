@@ -45,8 +45,8 @@ _LIKENESS = 0.7
 """How like a known name an unknown one must be to be taken for a slip of the keyboard, 0 to 1."""
 
 _REFERENCES = {
-    "input_reference": "must be a string, or an object with image_url",
-    "video": "must be a string, or an object with video_url",
+    "input_reference": "must be a string, or an object with image_url or file_id",
+    "video": "must be a string, or an object with video_url, file_id or id",
 }
 _TYPE_MESSAGES = {
     "int_type": "must be an integer",

@@ -10,7 +10,6 @@ import secrets
 from dataclasses import dataclass
 
 from helios_serve.api.names import NamedBody, shown
-from helios_serve.api.schemas import HeliosParams
 from helios_serve.errors import InvalidRequestError
 from helios_serve.types import ModelInfo, SamplingParams, ServiceClass
 
@@ -30,11 +29,12 @@ Warnings = list[ParameterWarning]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Size and length of the video."""
+    """Size and length of the video, and how soon it is wanted."""
 
     width: int
     height: int
     num_frames: int
+    service_class: ServiceClass
 
 
 def resolve_sampling(named: NamedBody, model: ModelInfo, shape: Shape, warnings: Warnings) -> SamplingParams:
@@ -54,7 +54,7 @@ def resolve_sampling(named: NamedBody, model: ModelInfo, shape: Shape, warnings:
         num_frames=shape.num_frames,
         fps=float(body.fps),
         seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
-        steps=_steps(named, model, warnings),
+        steps=_steps(named, model, shape.service_class, warnings),
         guidance_scale=guidance_scale,
         amplify_first_chunk=_amplify_first_chunk(named, model, warnings),
         skip_first_chunk=helios.skip_first_chunk,
@@ -71,16 +71,11 @@ def resolve_sampling(named: NamedBody, model: ModelInfo, shape: Shape, warnings:
     )
 
 
-def service_class_of(helios: HeliosParams) -> ServiceClass:
-    """A job is offline unless it says otherwise."""
-    return "offline" if helios.service_class is None else helios.service_class
-
-
-def _steps(named: NamedBody, model: ModelInfo, warnings: Warnings) -> tuple[int, ...]:
+def _steps(named: NamedBody, model: ModelInfo, service_class: ServiceClass, warnings: Warnings) -> tuple[int, ...]:
     helios = named.fields.helios
     explicit = _explicit_steps(named, model)
     realtime = helios.profile == "realtime" or (
-        helios.profile is None and service_class_of(helios) == "realtime" and model.variant == "distilled"
+        helios.profile is None and service_class == "realtime" and model.variant == "distilled"
     )
     if helios.profile is not None and explicit is not None:
         warnings.append(_no_effect(named, "profile", "the explicit steps win"))

@@ -135,14 +135,14 @@ class _Input(BaseModel):
 
 
 class ImageReference(_Input):
-    """An image, as a `data:` URI or an uploaded file."""
+    """An image: a `data:` URI, an https address of a host that the server allows, an uploaded file or a stored one."""
 
     image_url: MediaText | None = None
     file_id: str | None = None
 
 
 class VideoReference(_Input):
-    """A video to continue, as a `data:` URI, an uploaded file or an own finished video."""
+    """A video to continue: as an image is given, or `id`, an own finished video."""
 
     video_url: MediaText | None = None
     file_id: str | None = None

@@ -1,432 +1,392 @@
-"""The verbs of the API over one engine: create, get, list, wait, watch, cancel, delete, content.
+"""The verbs of the API over the store and the engine: create, get, list, wait, watch, cancel, delete, content, remix,
+extend, sessions. Every verb names its caller; what is another's does not exist for it.
 
-Keeps jobs in memory, segments and finished videos in a directory, all bounded. Knows no protocol, no model and no
-codec: the engine makes segments and the muxer joins them.
+Knows no protocol, no model and no codec: the engine makes segments, the muxer joins them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import copy
-import hashlib
 import logging
-import os
-import shutil
-import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 
+from helios_serve.api.auth import Caller
 from helios_serve.api.convert import ParsedRequest
-from helios_serve.api.jobs import Job, State, StoredSegment, StoredVideo, job_from
-from helios_serve.errors import (
-    CapacityError,
-    ConflictError,
-    GenerationError,
-    HeliosError,
-    InvalidRequestError,
-    NotFoundError,
+from helios_serve.api.intake import DEFAULT_TTL_S, Extension, Intake, IntakeConfig, draining
+from helios_serve.api.job_runner import Engine, JobRunner, RunnerConfig
+from helios_serve.api.job_spec import read_spec
+from helios_serve.api.job_view import JobViews
+from helios_serve.api.jobs import (
+    Created,
+    Job,
+    JobEnded,
+    JobEvent,
+    Origin,
+    Page,
+    StoredVideo,
 )
-from helios_serve.types import (
-    Completed,
-    Event,
-    Failure,
-    ModelInfo,
-    Progress,
-    SamplingParams,
-    Segment,
-    SegmentReady,
-    StepCursor,
-    VideoRequest,
-)
+from helios_serve.api.limits import Limiter
+from helios_serve.api.live_job import LiveJob
+from helios_serve.api.session import Hold, Session, SessionConfig, SessionDesk
+from helios_serve.api.video_files import Muxer, Still, Stills, VideoFiles
+from helios_serve.errors import ConflictError, InvalidRequestError
+from helios_serve.store import records
+from helios_serve.store.connect import Stores
+from helios_serve.store.paging import PageRequest
+from helios_serve.telemetry import Metrics
+from helios_serve.types import ModelInfo, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-Muxer = Callable[[bytes, Sequence[bytes]], bytes]
-"""(init, media of all segments in order) -> a progressive MP4."""
+READ_AHEAD = 4
+"""Segments that one read of the store names."""
 
-
-Still = Literal["thumbnail", "spritesheet", "last_frame"]
-STILL_TYPES: dict[Still, str] = {"thumbnail": "image/webp", "spritesheet": "image/jpeg", "last_frame": "image/png"}
-"""Pictures of a video, and their media types."""
-
-
-class Stills(Protocol):
-    """Takes pictures from segments."""
-
-    def thumbnail(self, init: bytes, media: bytes) -> bytes:
-        """WebP of a segment's first frame."""
-        ...
-
-    def last_frame(self, init: bytes, media: bytes) -> bytes:
-        """PNG of a segment's last frame."""
-        ...
-
-    def spritesheet(self, init: bytes, media: Sequence[bytes], frames_per_tile: int) -> bytes:
-        """JPEG of one frame in `frames_per_tile`."""
-        ...
-
-
-class Engine(Protocol):
-    """What makes videos."""
-
-    def submit(self, request: VideoRequest) -> AsyncGenerator[Event, None]:
-        """Events of one request, ending with Completed or Failure; closing the generator cancels the request."""
-        ...
-
-    def is_ready(self) -> bool:
-        """Whether requests would be served now."""
-        ...
-
-    def generated_fps(self, params: SamplingParams) -> float:
-        """Frames per second at which a video with these parameters would be made alone."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobProgress:
-    """A job has moved: `cursor` is the last step that was done, None before the first."""
-
-    cursor: StepCursor | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobSegment:
-    """A segment of a job, read from where it is kept."""
-
-    index: int
-    init: bytes
-    media: bytes
-    start_frame: int
-    num_frames: int
-    fps: float
-    prompt_weight: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobEnded:
-    """A job has ended; `error` is None when it completed."""
-
-    error: HeliosError | None
-
-
-JobEvent = JobProgress | JobSegment | JobEnded
-"""What a watcher of a job sees: progress at most once per change that it had time for, every segment, one end."""
-
-
-class GenerationTimeoutError(HeliosError):
-    """The job waited or ran too long (HTTP 504)."""
-
-    status, grpc_status, code, retryable = 504, "DEADLINE_EXCEEDED", "generation_timeout", False
-
-
-class InternalError(HeliosError):
-    """A defect on our side; the log has the cause (HTTP 500)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
-    """Part of a list of jobs in order of (created_at, id): at most `limit` behind the job `after`."""
-
-    limit: int = 20
-    after: str | None = None
-    newest_first: bool = True
-    states: frozenset[State] | None = None
+POLL_S = (0.1, 0.25)
+"""How long a watcher waits, at least and at most, before it looks at a job that another process runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
-    """Where videos are kept and how many. A job beyond `max_kept` finished ones is forgotten, the oldest first."""
+    """ttl_s: how long a video lives after its end, unless its request says otherwise. max_session_frames: the bound of
+    an open-ended session for callers without a limit of their own."""
 
-    data_dir: Path
-    max_kept: int = 100
-    max_active: int = 64
+    ttl_s: float = DEFAULT_TTL_S
+    max_session_frames: int = 14_400
+    session: SessionConfig = field(default_factory=SessionConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
 
-    def __post_init__(self) -> None:
-        if self.max_kept < 1 or self.max_active < 1:
-            raise ValueError(f"max_kept {self.max_kept} and max_active {self.max_active} must be at least 1")
+
+class Attachment:
+    """A caller's hold on a job that lives only while somebody waits for it; `keep` lets the job go on alone."""
+
+    def __init__(self) -> None:
+        self.is_kept = False
+
+    def keep(self) -> None:
+        self.is_kept = True
 
 
 class VideoService:
     """One object per process; every method runs on its event loop."""
 
     def __init__(
-        self, *, engine: Engine, muxer: Muxer, stills: Stills, model: ModelInfo, config: ServiceConfig
+        self,
+        *,
+        stores: Stores,
+        engine: Engine,
+        muxer: Muxer,
+        stills: Stills,
+        model: ModelInfo,
+        limiter: Limiter,
+        metrics: Metrics,
+        config: ServiceConfig,
     ) -> None:
         self.model = model
+        self.limiter = limiter
+        self._stores = stores
+        self._metrics = metrics
         self._engine = engine
-        self._muxer = muxer
-        self._stills = stills
         self._config = config
-        self._jobs: dict[str, Job] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._storing: set[str] = set()
-        self._finished_ids: deque[str] = deque()
-        self._videos_dir = config.data_dir / "videos"
-        self._videos_dir.mkdir(parents=True, exist_ok=True)
-        self._remove_segments()
+        self._runner = JobRunner(stores, engine, self._finish, config.runner, metrics)
+        self._views = JobViews(stores, self._runner)
+        self._intake = Intake(
+            stores, engine, self._runner, self._views, IntakeConfig(model=model.name, ttl_s=config.ttl_s), limiter
+        )
+        self._files = VideoFiles(stores, self._views, muxer, stills)
+        self._desk = SessionDesk(
+            stores=stores, engine=engine, runner=self._runner, watch=self.watch, metrics=metrics, config=config.session
+        )
+        self._num_attached: dict[str, int] = {}
+        self._is_closing = False
+        self.on_end: Callable[[], None] = lambda: None
+        """Called when a job has ended and its webhook deliveries are written."""
+
+    async def start(self) -> None:
+        """Goes on with the jobs that an earlier process left."""
+        await self._runner.start()
+        for live in self._runner.jobs:
+            if live.request.is_interactive:
+                self._desk.abandoned(live.tenant, live.id)
+
+    def refuse(self) -> None:
+        """Takes no new jobs: the server is shutting down."""
+        self._is_closing = self._intake.is_closed = True
+
+    async def close(self) -> None:
+        """Gives back what runs, as it stands, and ends all waiting; nothing is lost."""
+        self.refuse()
+        self._desk.close()
+        await self._runner.close()
 
     def is_ready(self) -> bool:
         """Whether a request would be served now."""
-        return self._engine.is_ready()
+        return not self.not_ready_reasons()
 
-    def create(self, parsed: ParsedRequest) -> Job:
-        """Starts a job.
-
-        Raises:
-            CapacityError: `max_active` jobs are running or waiting.
-        """
-        if len(self._tasks) >= self._config.max_active:
-            raise CapacityError(f"{len(self._tasks)} jobs are running or waiting, as many as this server takes")
-        job = job_from(parsed, self.model)
-        self._jobs[job.id] = job
-        task = asyncio.create_task(self._run(job), name=job.id)
-        self._tasks[job.id] = task
-        task.add_done_callback(lambda done: self._end(job, done))
-        return job
-
-    async def wait(self, job: Job) -> StoredVideo:
-        """The finished video of `job`; raises the job's error if it failed or was cancelled."""
-        await job.finished.wait()
-        return self._video_of(job)
-
-    def get(self, video_id: str) -> Job:
-        """Raises NotFoundError when there is no such job."""
-        job = self._jobs.get(video_id)
-        if job is None:
-            raise NotFoundError(f"video {video_id[:64]}: not found", param="id")
-        return job
-
-    async def cancel(self, video_id: str) -> Job:
-        """Ends a job; one that is finished, or only has its file to be written, completes unchanged."""
-        job = self.get(video_id)
-        task = self._tasks.get(video_id)
-        if task is not None:
-            if video_id not in self._storing:
-                task.cancel()
-            await job.finished.wait()
-        return job
-
-    def content(self, video_id: str) -> StoredVideo:
-        """The finished video.
-
-        Raises:
-            NotFoundError: no such job.
-            ConflictError: not finished, or failed.
-        """
-        job = self.get(video_id)
-        if job.state in ("queued", "in_progress"):
-            raise ConflictError(f"video {job.id}: {job.state}, {job.progress} % done; its content comes at the end")
-        if job.error is not None:
-            raise ConflictError(f"video {job.id}: {job.state}: {job.error.message}", code="video_failed")
-        return self._video_of(job)
-
-    async def still(self, video_id: str, variant: Still) -> tuple[bytes, str]:
-        """A picture of a video, and its media type. The thumbnail is there with the first segment, the others at the
-        end.
-
-        Raises: NotFoundError, ConflictError as `content` does.
-        """
-        job = self.get(video_id)
-        if variant != "thumbnail" or not job.segments:
-            self.content(video_id)
-        segments, a_second = list(job.segments), max(1, round(job.request.params.fps))
-
-        def take() -> bytes:
-            init, first, last = segments[0].init, segments[0].path, segments[-1].path
-            if variant == "thumbnail":
-                return self._stills.thumbnail(init, first.read_bytes())
-            if variant == "last_frame":
-                return self._stills.last_frame(init, last.read_bytes())
-            return self._stills.spritesheet(init, [segment.path.read_bytes() for segment in segments], a_second)
-
-        return await asyncio.to_thread(take), STILL_TYPES[variant]
-
-    def list(self, page: Page) -> tuple[list[Job], bool]:
-        """The jobs of a page, and whether more follow.
-
-        Raises: NotFoundError for an unknown `after`.
-        """
-        jobs = sorted(self._jobs.values(), key=lambda job: (job.created_at, job.id), reverse=page.newest_first)
-        if page.after is not None:
-            jobs = jobs[jobs.index(self.get(page.after)) + 1 :]
-        if page.states is not None:
-            jobs = [job for job in jobs if job.state in page.states]
-        return jobs[: page.limit], len(jobs) > page.limit
-
-    async def delete(self, video_id: str) -> None:
-        """Ends a job if it runs, and forgets it with its files.
-
-        Raises: NotFoundError.
-        """
-        job = await self.cancel(video_id)
-        if job.id in self._jobs:
-            self._finished_ids.remove(job.id)
-            self._forget(job.id)
-
-    async def watch(self, job: Job, start: int = 0) -> AsyncGenerator[JobEvent, None]:
-        """A job from segment `start` on, to its end; several may watch, and none of them holds the job up."""
-        following, last_cursor, is_queued = start, None, False
-        while True:
-            if not is_queued and job.state == "queued":
-                is_queued = True
-                yield JobProgress(cursor=None)
-            elif job.cursor is not None and job.cursor != last_cursor:
-                last_cursor = job.cursor
-                yield JobProgress(cursor=last_cursor)
-            while following < len(job.segments):
-                try:
-                    segment = await asyncio.to_thread(_read_segment, job.request, job.segments[following])
-                except FileNotFoundError:  # deleted, or forgotten, under the viewer's eyes
-                    yield JobEnded(error=NotFoundError(f"video {job.id}: deleted", param="id"))
-                    return
-                yield segment
-                following += 1
-            if job.finished.is_set():
-                if following >= len(job.segments):
-                    yield JobEnded(error=None if job.error is None else copy.copy(job.error))
-                    return
-            elif following >= len(job.segments) and job.cursor == last_cursor:
-                await job.wait_change()
+    def not_ready_reasons(self) -> list[str]:
+        """Why requests would be refused now; empty when they would not."""
+        if self._is_closing:
+            return ["the server is shutting down"]
+        problem = self._runner.store_problem
+        return [*self._engine.missing(), *([] if problem is None else [problem])]
 
     def generated_fps(self, params: SamplingParams) -> float:
         """Frames per second at which such a video would be made alone."""
         return self._engine.generated_fps(params)
 
-    async def close(self) -> None:
-        """Cancels what runs, waits for it, and removes the segments; finished videos stay."""
-        tasks = [*self._tasks.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._remove_segments()
+    # Making jobs.
 
-    def _remove_segments(self) -> None:
-        """Segments serve the viewers of jobs that this process knows."""
-        for folder in self._videos_dir.glob("video_*/"):
-            shutil.rmtree(folder, ignore_errors=True)
+    async def create(self, caller: Caller, parsed: ParsedRequest, origin: Origin) -> Created:
+        """Accepts a job: when this returns it is durable, and a restart goes on with it.
 
-    def _video_of(self, job: Job) -> StoredVideo:
-        if job.error is not None:
-            raise copy.copy(job.error)
-        assert job.video is not None
-        return job.video
+        Raises: what the caller's limits, the engine's admission or the store refuse it with.
+        """
+        return self._counted(await self._intake.create(caller, parsed, origin))
 
-    async def _run(self, job: Job) -> None:
-        """Follows the engine's events to the end; raises what ended the job early."""
-        completed = False
-        folder = self._videos_dir / job.id
-        async with contextlib.aclosing(self._engine.submit(job.request)) as events:
-            async for event in events:
-                if isinstance(event, Progress):
-                    _note_step(job, event)
-                elif isinstance(event, SegmentReady):
-                    stored = await asyncio.to_thread(_store_segment, folder, event.segment)
-                    _note_segment(job, stored)
-                elif isinstance(event, Failure):
-                    raise error_of(event)
-                elif isinstance(event, Completed):
-                    completed = True
-        if not completed or not job.segments:
-            raise GenerationError("the engine ended the request without a video")
-        path = self._videos_dir / f"{job.id}.mp4"
-        self._storing.add(job.id)
-        job.video = await asyncio.to_thread(_store, path, self._muxer, job.segments)
+    async def remix(self, caller: Caller, video_id: str, prompt: str, origin: Origin) -> Created:
+        """A new job with the parameters, the seed and the pictures of an old one, under another prompt.
 
-    def _end(self, job: Job, task: asyncio.Task[None]) -> None:
-        """Gives the job its final state, whatever ended its task, and forgets the oldest finished jobs."""
-        error = None if task.cancelled() else task.exception()
-        if task.cancelled():
-            job.state, job.error = "cancelled", ConflictError(f"video {job.id}: cancelled", code="cancelled")
-        elif error is None:
-            job.state = "completed"
-        elif isinstance(error, HeliosError):
-            # A copy has no traceback, whose frames would keep the segments and the input pictures alive.
-            job.state, job.error = "failed", copy.copy(error)
-        else:
-            logger.error("job %s failed", job.id, exc_info=error)
-            job.state, job.error = "failed", InternalError("the video could not be made; the server's log says why")
-        job.completed_at, job.total_ms = time.time(), job.elapsed_ms
-        job.drop_media()
-        self._storing.discard(job.id)
-        del self._tasks[job.id]
-        job.finished.set()
-        job.changed()
-        self._finished_ids.append(job.id)
-        while len(self._finished_ids) > self._config.max_kept:
-            self._forget(self._finished_ids.popleft())
+        Raises: as `create`; NotFoundError; ConflictError when the old one's pictures are gone.
+        """
+        return self._counted(await self._intake.remix(caller, video_id, prompt, origin))
 
-    def _forget(self, video_id: str) -> None:
-        job = self._jobs.pop(video_id)
-        if job.video is not None:
-            job.video.path.unlink(missing_ok=True)
-        shutil.rmtree(self._videos_dir / video_id, ignore_errors=True)
+    async def extend(self, caller: Caller, video_id: str, extension: Extension, origin: Origin) -> Created:
+        """A new job that continues a finished one: its latents are the history, its segments are kept as they are.
+
+        Raises: as `create`; NotFoundError; ConflictError when the video is not finished or has expired;
+        InvalidRequestError when nothing would be added.
+        """
+        return self._counted(await self._intake.extend(caller, video_id, extension, origin))
+
+    def _counted(self, created: Created) -> Created:
+        if created.is_replayed:
+            self._metrics.idempotent_replay()
+        return created
+
+    # Looking at jobs.
+
+    async def get(self, caller: Caller, video_id: str) -> Job:
+        """Raises NotFoundError when the caller has no such job."""
+        return await self._views.get(caller.tenant, video_id)
+
+    async def list(self, caller: Caller, page: Page) -> tuple[list[Job], bool]:
+        """The jobs of a page, and whether more follow.
+
+        Raises: NotFoundError for an unknown `after`.
+        """
+        request = PageRequest(after=page.after, limit=page.limit, order="desc" if page.newest_first else "asc")
+        states = None if page.states is None else [state for name in page.states for state in _ROW_STATES[name]]
+        found = await self._stores.jobs.list(caller.tenant, request, states=states)
+        return await self._views.of_all(found.items), found.has_more
+
+    async def wait(self, caller: Caller, video_id: str) -> Job:
+        """The job when it has ended.
+
+        Raises: NotFoundError, also when it is deleted meanwhile; CapacityError when the server ends first.
+        """
+        while True:
+            live = self._runner.live(video_id)
+            waiting = None if live is None else asyncio.ensure_future(live.wait_change())
+            try:
+                job = await self.get(caller, video_id)
+                if job.has_ended:
+                    return job
+                self._check_open(live)
+                await _wait_for(waiting)
+            finally:
+                if waiting is not None:
+                    waiting.cancel()
+
+    async def watch(self, caller: Caller, video_id: str, start: int = 0) -> AsyncGenerator[JobEvent, None]:
+        """A job from segment `start` on, to its end; several may watch, and none of them holds the job up.
+
+        Raises: NotFoundError, also when it is deleted meanwhile; CapacityError when the server ends first.
+        """
+        following, shown = start, None
+        while True:
+            live = self._runner.live(video_id)
+            waiting = None if live is None else asyncio.ensure_future(live.wait_change())
+            try:
+                is_news = live is None or live.has_ended or live.num_published > following
+                page = None
+                if is_news or shown is None:
+                    page = await self._stores.chunks.segments(caller.tenant, video_id, following, limit=READ_AHEAD)
+                for chunk in () if page is None else page.chunks:
+                    assert page is not None
+                    yield await self._views.segment(page.job, chunk)
+                    following += 1
+                if page is not None and page.chunks:
+                    continue
+                if page is not None and page.job.state in _ENDED_STATES:
+                    yield JobEnded(job=await self.get(caller, video_id))
+                    return
+                self._check_open(live)
+                news = await self._views.progress(caller.tenant, video_id)
+                play = None if live is None else live.play_state
+                mark = (news.cursor, news.phase, news.job.state, news.job.queue_position, play)
+                if mark != shown:
+                    shown = mark
+                    yield news
+                await _wait_for(waiting)
+            finally:
+                if waiting is not None:
+                    waiting.cancel()
+
+    def _check_open(self, live: LiveJob | None) -> None:
+        """Raises CapacityError when nothing more will happen to a job in this process, because it ends."""
+        if self._is_closing and (live is None or live.has_ended):
+            raise draining()
+
+    @asynccontextmanager
+    async def attach(self, video_id: str) -> AsyncIterator[Attachment]:
+        """For callers that a job is made for: when the last of them leaves without `keep`, the job is cancelled; not
+        when the server itself ends."""
+        attachment = Attachment()
+        self._num_attached[video_id] = self._num_attached.get(video_id, 0) + 1
+        try:
+            yield attachment
+        finally:
+            self._num_attached[video_id] -= 1
+            if self._num_attached[video_id] == 0:
+                del self._num_attached[video_id]
+                live = self._runner.live(video_id)
+                if live is not None and not (attachment.is_kept or live.has_ended or self._is_closing):
+                    await asyncio.shield(self._cancel(live.tenant, video_id))
+
+    # Ending jobs.
+
+    async def cancel(self, caller: Caller, video_id: str) -> Job:
+        """Ends a job; one that has ended is returned unchanged.
+
+        Raises: NotFoundError.
+        """
+        await self._cancel(caller.tenant, video_id)
+        return await self.get(caller, video_id)
+
+    async def _cancel(self, tenant: str, video_id: str) -> None:
+        before = await self._stores.jobs.get(tenant, video_id)
+        if before.state not in _ENDED_STATES:
+            await self._stores.jobs.cancel(tenant, video_id)
+            await self._runner.ended(video_id)
+
+    async def delete(self, caller: Caller, video_id: str) -> None:
+        """Ends a job if it runs, and forgets it with all that it holds.
+
+        Raises: NotFoundError.
+        """
+        await self._stores.jobs.cancel(caller.tenant, video_id)
+        await self._stores.jobs.delete(caller.tenant, video_id)
+        await self._runner.ended(video_id)
+
+    # Bytes.
+
+    async def video(self, caller: Caller, video_id: str) -> StoredVideo:
+        """The finished video. Raises: NotFoundError, VideoExpiredError, ConflictError when it is not finished."""
+        return await self._files.video(caller.tenant, video_id)
+
+    def read(self, video: StoredVideo, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """Bytes `start` to `end` - 1 of a video, in pieces."""
+        return self._stores.blobs.stream(video.key, start, end)
+
+    async def still(self, caller: Caller, video_id: str, variant: Still) -> tuple[bytes, str]:
+        """A picture of a video, and its media type. The thumbnail is there with the first segment, the others at the
+        end.
+
+        Raises: as `video` does.
+        """
+        return await self._files.still(caller.tenant, video_id, variant)
+
+    async def _finish(self, video_id: str, tenant: str) -> None:
+        """The last segment is durable: makes the file, so that whoever asks first need not wait for it."""
+        self.on_end()
+        await self._files.video(tenant, video_id)
+
+    # Sessions.
+
+    async def open_session(self, caller: Caller, parsed: ParsedRequest, max_ahead: int | None) -> Session:
+        """Begins an interactive job.
+
+        Args:
+            max_ahead: segments that may be made beyond the last acknowledged one; None: no credit is wanted.
+
+        Raises: as `create`; TooManySessionsError.
+        """
+        if max_ahead is not None and not 1 <= max_ahead <= 8:
+            raise InvalidRequestError(f"max_ahead_segments {max_ahead}: must be 1 to 8", param="max_ahead_segments")
+        request = parsed.request
+        params = request.params
+        if not parsed.has_length:
+            params = replace(params, num_frames=self._session_frames(caller, params.fps))
+        request = replace(request, params=params, is_interactive=True, is_open_ended=not parsed.has_length)
+        hold = self.limiter.session(caller)
+        hold.__enter__()
+        try:
+            job = await self._intake.begin_session(caller, replace(parsed, request=request), max_ahead)
+            return self._session(caller, job, 0, max_ahead, hold)
+        except BaseException:
+            hold.__exit__(None, None, None)
+            raise
+
+    async def resume_session(self, caller: Caller, video_id: str, after_segment: int) -> Session:
+        """Goes on with a session whose connection was lost, behind segment `after_segment` (-1 for none).
+
+        Raises: NotFoundError; ConflictError when the job is no session; InvalidRequestError; TooManySessionsError.
+        """
+        row = await self._stores.jobs.get(caller.tenant, video_id)
+        if not row.is_interactive:
+            raise ConflictError(f"video {row.id}: not a session; watch it at its events")
+        if not -1 <= after_segment <= row.next_chunk:
+            raise InvalidRequestError(
+                f"after_segment {after_segment}: the session has {row.next_chunk} segments, from 0; -1 for none",
+                param="resume.after_segment",
+            )
+        hold = self.limiter.session(caller)
+        hold.__enter__()
+        try:
+            if row.state not in _ENDED_STATES and self._runner.live(video_id) is None:
+                await self._take_over(caller.tenant, video_id)
+            job = await self.get(caller, video_id)
+            return self._session(caller, job, after_segment + 1, read_spec(row).max_ahead, hold)
+        except BaseException:
+            hold.__exit__(None, None, None)
+            raise
+
+    async def _take_over(self, tenant: str, video_id: str) -> None:
+        """Has a session that another replica runs given to this one, after its chunk in flight."""
+        await self._stores.jobs.pause(tenant, video_id)
+        for _ in range(40):
+            row = await self._stores.jobs.get(tenant, video_id)
+            if row.owner is None:
+                break
+            await asyncio.sleep(0.25)
+        await self._stores.jobs.resume(tenant, video_id)
+        await self._runner.run(video_id)
+
+    def _session(self, caller: Caller, job: Job, first: int, max_ahead: int | None, hold: Hold) -> Session:
+        return Session(self._desk, caller, job, first, max_ahead, hold)
+
+    def _session_frames(self, caller: Caller, fps: float) -> int:
+        if caller.limits is None:
+            return self._config.max_session_frames
+        return max(1, min(caller.limits.max_frames_per_job, int(caller.limits.max_session_seconds * fps)))
 
 
-def error_of(failure: Failure) -> HeliosError:
-    """The error class of an engine's failure code; unknown codes are ours (HTTP 500)."""
-    message, code = failure.message, failure.code
-    if code in ("invalid_value", "media_invalid", "conflicting_parameters"):
-        return InvalidRequestError(message, code=code)
-    if code in ("capacity_exceeded", "draining", "no_worker", "storage_unavailable", "worker_lost"):
-        return CapacityError(message, code=code)
-    if code in ("queue_timeout", "generation_timeout"):
-        return GenerationTimeoutError(message, code=code)
-    if code == "cancelled":
-        return ConflictError(message, code=code)
-    return GenerationError(message, code=code)
+_ENDED_STATES = records.ENDED
+_ROW_STATES: dict[str, tuple[records.State, ...]] = {
+    "queued": ("queued",),
+    "in_progress": ("running", "paused"),
+    "completed": ("finished",),
+    "expired": ("finished",),
+    "failed": ("failed",),
+    "cancelled": ("cancelled",),
+}
 
 
-def _note_step(job: Job, event: Progress) -> None:
-    if job.state == "queued":
-        job.state = "in_progress"
-        job.queue_ms = max(0, job.elapsed_ms - round(event.device_ms))
-    job.steps_done += 1
-    job.device_ms += event.device_ms
-    job.cursor = event.cursor
-    job.changed()
-
-
-def _note_segment(job: Job, segment: StoredSegment) -> None:
-    job.segments.append(segment)
-    job.chunks_done += 1
-    if job.first_segment_ms is None:
-        job.first_segment_ms = job.elapsed_ms
-    job.changed()
-
-
-def _store_segment(folder: Path, segment: Segment) -> StoredSegment:
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{segment.chunk}.m4s"
-    path.write_bytes(segment.media)
-    return StoredSegment(
-        path=path,
-        init=segment.init,
-        index=segment.chunk,
-        start_frame=segment.start_frame,
-        num_frames=segment.num_frames,
-    )
-
-
-def _read_segment(request: VideoRequest, stored: StoredSegment) -> JobSegment:
-    return JobSegment(
-        index=stored.index,
-        init=stored.init,
-        media=stored.path.read_bytes(),
-        start_frame=stored.start_frame,
-        num_frames=stored.num_frames,
-        fps=request.params.fps,
-        prompt_weight=request.prompt_weight(stored.index),
-    )
-
-
-def _store(path: Path, muxer: Muxer, segments: Sequence[StoredSegment]) -> StoredVideo:
-    """Joins the segments and writes them in one rename, so that a reader never sees half a file."""
-    data = muxer(segments[0].init, [segment.path.read_bytes() for segment in segments])
-    part = path.with_suffix(".part")
-    part.write_bytes(data)
-    os.replace(part, path)
-    return StoredVideo(path=path, num_bytes=len(data), etag=f'"{hashlib.sha256(data).hexdigest()}"')
+async def _wait_for(change: asyncio.Future[None] | None) -> None:
+    """Until the job changes; of one that another process runs, for a moment."""
+    if change is None:
+        await asyncio.sleep(random.uniform(*POLL_S))
+    else:
+        await change

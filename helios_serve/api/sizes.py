@@ -43,3 +43,9 @@ def nearest_sizes(width: int, height: int, model: ModelInfo) -> list[tuple[int, 
 def _around(side: float, multiple: int) -> set[int]:
     down = math.floor(side / multiple) * multiple
     return {max(multiple, down), max(multiple, math.ceil(side / multiple) * multiple)}
+
+
+def size_like(width: int, height: int, model: ModelInfo) -> tuple[int, int]:
+    """The valid size of about the default's area whose aspect ratio is nearest to width : height."""
+    scale = math.sqrt(math.prod(model.default_size) / (width * height))
+    return nearest_sizes(max(1, round(width * scale)), max(1, round(height * scale)), model)[0]

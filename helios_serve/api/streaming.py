@@ -9,41 +9,27 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from helios_serve.api.jobs import Job, error_detail, generation_usage, video_object
-from helios_serve.api.service import JobEnded, JobEvent, JobProgress, JobSegment, VideoService
-from helios_serve.errors import HeliosError
+from helios_serve.api.jobs import (
+    Job,
+    JobEnded,
+    JobEvent,
+    JobProgress,
+    JobSegment,
+    Links,
+    error_detail,
+    generation_usage,
+    video_object,
+)
+from helios_serve.api.mime import mime_type_of
+from helios_serve.errors import CapacityError, HeliosError
 from helios_serve.types import FRAMES_PER_CHUNK
 
 KEEP_ALIVE_S = 15.0
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no", "accept-ranges": "none"}
-
-
-def codec_of(init: bytes) -> str | None:
-    """The RFC 6381 name of the codec in an init segment, read from its configuration box; None if it is not ours."""
-    for kind in (b"avcC", b"vpcC", b"av1C"):
-        at = init.find(kind)
-        if at < 0:
-            continue
-        body = init[at + 4 :]
-        if kind == b"avcC":
-            return f"avc1.{body[1:4].hex()}"
-        if kind == b"vpcC":
-            profile, level, depth = body[4], body[5], body[6] >> 4
-            return f"vp09.{profile:02d}.{level:02d}.{depth:02d}"
-        tier = "H" if body[2] & 0x80 else "M"
-        depth = 12 if body[2] & 0x20 else 10 if body[2] & 0x40 else 8
-        return f"av01.{body[1] >> 5}.{body[1] & 31:02d}{tier}.{depth:02d}"
-    return None
-
-
-def mime_type_of(init: bytes) -> str:
-    """The media type of a video with this init segment."""
-    codec = codec_of(init)
-    return "video/mp4" if codec is None else f'video/mp4; codecs="{codec}"'
 
 
 def pacing(job: Job, generated_fps: float) -> dict[str, float]:
@@ -67,17 +53,17 @@ async def fmp4(events: AsyncGenerator[JobEvent, None]) -> AsyncIterator[bytes]:
             if isinstance(event, JobSegment):
                 yield (event.init if is_first else b"") + event.media
                 is_first = False
-            elif isinstance(event, JobEnded) and event.error is not None:
-                raise event.error
+            elif isinstance(event, JobEnded) and event.job.error is not None:
+                raise event.job.error
 
 
 class ServerSentEvents:
     """One viewer's events. `id` is 0 for created, k + 1 for segment k, N + 1 for the end: enough to resume anywhere."""
 
-    def __init__(self, service: VideoService, job: Job, base_url: str) -> None:
-        self._service = service
+    def __init__(self, job: Job, generated_fps: float, links: Callable[[Job], Links]) -> None:
         self._job = job
-        self._base_url = base_url
+        self._generated_fps = generated_fps
+        self._links = links
 
     async def stream(self, events: AsyncGenerator[JobEvent, None], last_id: int | None) -> AsyncIterator[bytes]:
         """Everything after `last_id`, with a comment now and then so that proxies keep the connection."""
@@ -92,20 +78,27 @@ class ServerSentEvents:
                     if not done:
                         yield b": ka\n\n"
                         continue
-                    event = following.result()
+                    try:
+                        event = following.result()
+                    except CapacityError:  # the server ends: the client comes back with the last id that it saw
+                        yield b"retry: 500\n\n"
+                        return
+                    except HeliosError as error:  # deleted under the viewer's eyes
+                        yield _error(error)
+                        return
                     if event is None:
                         return
                     if isinstance(event, JobSegment):
                         if job.with_segments:
                             yield self._event("video_generation.partial_video", _partial(event), event.index + 1)
                     elif isinstance(event, JobProgress):
-                        yield self._event(*_progress(job, event))
-                    elif event.error is None:
+                        yield self._event(*_progress(event))
+                    elif event.job.error is None:
                         yield self._event(
-                            "video_generation.completed", self._completed(), job.request.params.num_chunks + 1
+                            "video_generation.completed", self._completed(event.job), event.job.num_chunks + 1
                         )
                     else:
-                        yield _error(event.error)
+                        yield _error(event.job.error)
                     following = asyncio.ensure_future(anext(events, None))
             finally:
                 following.cancel()
@@ -122,12 +115,12 @@ class ServerSentEvents:
             "seed": params.seed,
             "mime_type": "video/mp4",
             "created_at": int(job.created_at),
-            **pacing(job, self._service.generated_fps(params)),
+            **pacing(job, self._generated_fps),
         }
 
-    def _completed(self) -> dict[str, Any]:
-        video = video_object(self._job, self._base_url).model_dump()
-        usage = generation_usage(self._job).model_dump()
+    def _completed(self, job: Job) -> dict[str, Any]:
+        video = video_object(job, self._links(job)).model_dump()
+        usage = generation_usage(job).model_dump()
         return {"url": video["helios"]["urls"]["content"], "b64_json": None, "usage": usage, "video": video}
 
     def _event(self, kind: str, data: Mapping[str, Any], number: int | None = None) -> bytes:
@@ -147,19 +140,21 @@ def _partial(segment: JobSegment) -> dict[str, Any]:
     }
 
 
-def _progress(job: Job, event: JobProgress) -> tuple[str, dict[str, Any]]:
-    if event.cursor is None:
-        return "video_generation.queued", {"queue_position": None, "eta_seconds": None}
-    params, cursor = job.request.params, event.cursor
+def _progress(event: JobProgress) -> tuple[str, dict[str, Any]]:
+    job, cursor = event.job, event.cursor
+    eta_s = None if job.eta_s is None else round(job.eta_s, 3)
+    if cursor is None:
+        return "video_generation.queued", {"queue_position": job.queue_position, "eta_seconds": eta_s}
+    params = job.request.params
     return "video_generation.progress", {
         "progress": job.progress,
-        "phase": "denoise",
+        "phase": event.phase,
         "chunk": cursor.chunk,
-        "num_chunks": params.num_chunks,
+        "num_chunks": job.num_chunks,
         "stage": cursor.stage,
         "step": cursor.step,
         "num_steps": params.steps_in(cursor.chunk)[cursor.stage],
-        "eta_seconds": None if job.eta_s is None else round(job.eta_s, 3),
+        "eta_seconds": eta_s,
     }
 
 

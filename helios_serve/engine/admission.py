@@ -13,7 +13,8 @@ from typing import Final, Literal
 from helios_serve.engine.fairness import Tenants
 from helios_serve.engine.request_state import GroupState, RequestState
 from helios_serve.engine.step_cost import CostModel
-from helios_serve.types import FRAMES_PER_CHUNK, SamplingParams
+from helios_serve.errors import CapacityError, InvalidRequestError, QuotaError
+from helios_serve.types import FRAMES_PER_CHUNK, SamplingParams, VideoRequest
 
 Code = Literal["rate_not_sustainable", "capacity_exceeded", "quota_exceeded", "no_worker"]
 
@@ -97,6 +98,29 @@ def highest_fps(applicant: Applicant, model: CostModel, cfg: AdmissionConfig) ->
     """The rate at which a chunk plays as long as it takes, with reserve; rounded down to 1/100."""
     chunk_s = model.timing(applicant.params, 1, applicant.num_ranks).occupied_s
     return math.floor(100 * cfg.feasible_share * FRAMES_PER_CHUNK / chunk_s) / 100
+
+
+def admit(now: float, request: VideoRequest, site: Site, model: CostModel, cfg: AdmissionConfig) -> None:
+    """Admits a request of either class.
+
+    Raises: InvalidRequestError, QuotaError or CapacityError, with when to try again.
+    """
+    applicant = Applicant(
+        params=request.params,
+        tenant=request.tenant,
+        num_ranks=next((group.num_ranks for group in site.groups), 1),
+        has_media=request.task != "t2v",
+    )
+    if request.service_class == "realtime":
+        decision = admit_live(now, applicant, site, model, cfg)
+    else:
+        decision = admit_offline(applicant, site, model, cfg)
+    if decision.admitted:
+        return
+    if decision.code == "rate_not_sustainable":
+        raise InvalidRequestError(decision.reason, param="fps", code=decision.code)
+    kind = QuotaError if decision.code == "quota_exceeded" else CapacityError
+    raise kind(decision.reason, code=decision.code, retry_after_s=decision.retry_after_s)
 
 
 def admit_live(now: float, applicant: Applicant, site: Site, model: CostModel, cfg: AdmissionConfig) -> Decision:

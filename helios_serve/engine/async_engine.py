@@ -9,6 +9,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from contextvars import Context
 
 from helios_serve.config import EngineConfig
 from helios_serve.engine.engine import Engine
@@ -17,7 +19,17 @@ from helios_serve.engine.recorder import Recorder
 from helios_serve.engine.step_cost import CostModel
 from helios_serve.errors import CapacityError
 from helios_serve.telemetry import Metrics
-from helios_serve.types import Completed, Event, ExecutorEvent, Failure, SamplingParams, VideoRequest
+from helios_serve.tracing import Tracing
+from helios_serve.types import (
+    Completed,
+    Event,
+    ExecutorEvent,
+    Failure,
+    Resume,
+    SamplingParams,
+    TensorRef,
+    VideoRequest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +40,17 @@ TICK_S = 0.25
 class AsyncEngine:
     """Serves many requests through one executor. All methods belong to the event loop that called `start`."""
 
-    def __init__(self, executor: Executor, model: CostModel, config: EngineConfig, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        model: CostModel,
+        config: EngineConfig,
+        metrics: Metrics,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._executor = executor
         self._config = config
-        self._engine = Engine(executor, model, config, self._publish, Recorder(metrics))
+        self._engine = Engine(executor, model, config, self._publish, Recorder(metrics, tracing))
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._changed = asyncio.Event()
         self._turn_is_due = False
@@ -81,6 +100,12 @@ class AsyncEngine:
         """Whether requests are taken."""
         return self._ticking is not None and not self._engine.is_draining and not self._engine.missing_roles()
 
+    def missing(self) -> list[str]:
+        """Why requests are not taken: roles without a worker, or the shutdown; empty when they are."""
+        if self._ticking is None or self._engine.is_draining:
+            return ["the server is shutting down" if self._engine.is_draining else "the engine is not running"]
+        return [f"no {role} worker is up" for role in self._engine.missing_roles()]
+
     def generated_fps(self, params: SamplingParams) -> float:
         """Frames per second at which a video with these parameters would be made alone, as far as is known now."""
         return self._engine.generated_fps(params)
@@ -94,12 +119,44 @@ class AsyncEngine:
 
         Raises: CapacityError, QuotaError, InvalidRequestError or GenerationError when the request is not admitted.
         """
+        self.check(request)
+        async with aclosing(self.run(request)) as events:
+            async for event in events:
+                yield event
+
+    def check(self, request: VideoRequest) -> None:
+        """Whether a request would be admitted now.
+
+        Raises: as `submit` does.
+        """
         if self._ticking is None:
-            raise CapacityError("the engine is not running", code="no_worker")
+            raise CapacityError("the engine is not running", code="no_worker", retry_after_s=5.0)
+        self._engine.check(request, time.monotonic())
+
+    async def run(
+        self,
+        request: VideoRequest,
+        *,
+        resume: Resume | None = None,
+        has_keeper: bool = False,
+        allowed: int | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """The events of a request that was admitted before; else as `submit`.
+
+        Args:
+            resume: where it goes on that was begun before; its references are made by `put`, and given away.
+            has_keeper: `committed` will be called for every ChunkReady, which is sent then only.
+            allowed: chunks that it may start before `allow` says more; None for all.
+
+        Raises: CapacityError when the engine does not run, or is closing.
+        """
+        if self._ticking is None:
+            raise CapacityError("the engine is not running", code="no_worker", retry_after_s=5.0)
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._queues[request.request_id] = events
         try:
-            self._engine.submit(request, time.monotonic())
+            now = time.monotonic()
+            self._engine.take(request, now, resume=resume, has_keeper=has_keeper, allowed=allowed)
             self._plan_wake()
             while True:
                 event = await events.get()
@@ -109,6 +166,45 @@ class AsyncEngine:
         finally:
             del self._queues[request.request_id]
             self._engine.cancel(request.request_id, time.monotonic())
+
+    async def read(self, ref: TensorRef) -> bytes:
+        """The record of latents or of a starting history, to be kept.
+
+        Raises: KeyError when the reference was dropped.
+        """
+        return await asyncio.to_thread(self._executor.read, ref)
+
+    async def put(self, name: str, record: bytes) -> TensorRef:
+        """Latents from their record.
+
+        Raises: ValueError when it is no such record.
+        """
+        return await asyncio.to_thread(self._executor.put, name, record)
+
+    def committed(self, request_id: str, chunk: int) -> None:
+        """The latents of `chunk` and all before it are kept."""
+        self._engine.committed(request_id, chunk, time.monotonic())
+        self._changed.set()
+        self._plan_wake()
+
+    def change_prompt(self, request_id: str, prompt: str, transition_chunks: int) -> int:
+        """Switches a running request to another prompt; returns the chunk that begins to use it.
+
+        Raises: ConflictError when no chunk is left to be begun.
+        """
+        return self._engine.change_prompt(request_id, prompt, transition_chunks, time.monotonic())
+
+    def allow(self, request_id: str, num_chunks: int) -> None:
+        """Lets a request start its first `num_chunks` chunks."""
+        self._engine.allow(request_id, num_chunks, time.monotonic())
+
+    def pause(self, request_id: str, is_paused: bool) -> None:
+        """Keeps a request from starting chunks, or lets it go on."""
+        self._engine.pause(request_id, is_paused, time.monotonic())
+
+    def stop(self, request_id: str) -> int:
+        """Ends a request after the chunk in flight; returns the number of chunks that it will have."""
+        return self._engine.stop(request_id, time.monotonic())
 
     def _publish(self, request_id: str, event: Event) -> None:
         queue = self._queues.get(request_id)
@@ -135,7 +231,11 @@ class AsyncEngine:
             self._wake.cancel()
         now = time.monotonic()
         wake = self._engine.next_wake(now)
-        self._wake = None if wake is None else asyncio.get_running_loop().call_later(max(0.0, wake - now), self._turn)
+        if wake is None:
+            self._wake = None
+            return
+        # A context of its own: a turn is not the work of the request that happened to plan it.
+        self._wake = asyncio.get_running_loop().call_later(max(0.0, wake - now), self._turn, context=Context())
 
     async def _drained(self) -> None:
         """Returns when nothing runs any more, after `drain_s`, or when the engine was closed meanwhile."""

@@ -112,10 +112,11 @@ class DitGroups:
                 flight.run.lost_alone.add((event.group, event.incarnation))
         return [flight.run for flight in flights if not flight.run.is_over]
 
-    def dispatch(self, runs: Sequence[RequestRun], now: float) -> None:
-        """Plans for this moment and does what the plan says."""
+    def dispatch(self, runs: Sequence[RequestRun], now: float) -> list[tuple[RequestRun, int]]:
+        """Plans for this moment and does what the plan says; returns the runs whose chunks were given out, each with
+        the number of chunks that its group then has."""
         if not self._groups:
-            return
+            return []
         if self.num_healthy == 1:  # nowhere else to go
             for run in runs:
                 run.state.avoided_group = None
@@ -124,6 +125,7 @@ class DitGroups:
             now, [run.state for run in runs], list(self._groups.values()), self._model, self._scheduler, self._credit
         )
         flying = {flight.run.request_id: task_id for task_id, flight in self._flights.items()}
+        started: list[tuple[RequestRun, GroupState]] = []
         for action in actions:
             group = self._groups[action.group]
             if isinstance(action, Park):
@@ -139,10 +141,12 @@ class DitGroups:
                 if run.started_at is None:
                     run.started_at = now
                 tasks.append(task)
+                started.append((run, group))
                 flying[item.request_id] = task.task_id
             if is_start:
                 group.forward_began(now, self._model)
             self._executor.submit(action.group, tasks)
+        return [(run, len(group.jobs)) for run, group in started]
 
     def next_wake(self, runs: Sequence[RequestRun], now: float) -> float | None:
         """When planning again may find something to do though nothing happened."""

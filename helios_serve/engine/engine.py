@@ -7,33 +7,33 @@ tensors, and knows nothing of HTTP, stores, devices or clocks: the time is an ar
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 
 from helios_serve.config import EngineConfig
-from helios_serve.engine.admission import AdmissionConfig, Applicant, Decision, Site, admit_live, admit_offline
+from helios_serve.engine.admission import AdmissionConfig, Site, admit
 from helios_serve.engine.dit_groups import DitGroups
 from helios_serve.engine.executor import Executor
 from helios_serve.engine.fairness import Tenants
-from helios_serve.engine.liveness import Liveness, LivenessConfig
+from helios_serve.engine.group_watch import GroupWatch
 from helios_serve.engine.poison import PoisonList
+from helios_serve.engine.pool_jobs import decode_job, encode_job, encoding_name, pixel_ratio
 from helios_serve.engine.recorder import Recorder
 from helios_serve.engine.request_run import RequestRun
 from helios_serve.engine.request_state import Arrival
-from helios_serve.engine.role_pool import PoolJob, RolePool
+from helios_serve.engine.role_pool import RolePool
 from helios_serve.engine.scheduler import new_state
-from helios_serve.engine.step_cost import REFERENCE_PIXELS, CostModel
-from helios_serve.errors import CapacityError, HeliosError, InvalidRequestError, QuotaError
+from helios_serve.engine.step_cost import CostModel
+from helios_serve.errors import CapacityError, ConflictError, HeliosError
 from helios_serve.types import (
     FRAMES_PER_CHUNK,
     Aborted,
     Beat,
+    ChunkReady,
     ChunkRecord,
+    ChunkStarted,
     Completed,
     Decoded,
-    DecodeTask,
     Encoded,
-    EncodeTask,
     Event,
     ExecutorEvent,
     Failure,
@@ -41,7 +41,11 @@ from helios_serve.types import (
     GroupUp,
     PackLimit,
     Parked,
+    PlayChanged,
+    Prepared,
     Progress,
+    PromptChange,
+    Resume,
     Role,
     SamplingParams,
     SegmentReady,
@@ -55,6 +59,9 @@ logger = logging.getLogger(__name__)
 
 MAX_UNDECODED_CHUNKS = 2
 """Chunks of one request that may wait for a VAE before its next chunk is held back."""
+
+MAX_UNCOMMITTED_CHUNKS = 4
+"""Chunks of one request that its keeper may have in hand before its next chunk is held back."""
 
 
 class Engine:
@@ -85,9 +92,7 @@ class Engine:
         self._groups = DitGroups(executor, model, config)
         self._encoders = RolePool(slots=1)
         self._vaes = RolePool(slots=config.slots_per_vae)
-        self._condemned: set[str] = set()
-        self._roles: dict[str, Role] = {}
-        self._liveness = Liveness(LivenessConfig())
+        self._watch = GroupWatch(executor, self._groups, config, recorder)
         self._poison = PoisonList(config.poison_s)
         self._num_accepted = 0
         self._is_draining = False
@@ -111,50 +116,142 @@ class Engine:
 
     @property
     def is_drained(self) -> bool:
-        """Whether nothing runs any more."""
-        return self._groups.is_idle and self._vaes.is_idle and self._vaes.num_waiting == 0
+        """Whether nothing runs any more, and all that was made is kept."""
+        is_kept = all(run.num_uncommitted == 0 for run in self._runs.values())
+        return self._groups.is_idle and self._vaes.is_idle and self._vaes.num_waiting == 0 and is_kept
 
     def generated_fps(self, params: SamplingParams) -> float:
         """Frames per second at which one group alone makes a video with these parameters, as far as is known now."""
         return FRAMES_PER_CHUNK / self._model.timing(params, 1, self._groups.num_ranks).occupied_s
 
-    def submit(self, request: VideoRequest, now: float) -> None:
-        """Accepts a request.
+    def check(self, request: VideoRequest, now: float) -> None:
+        """Whether a request would be admitted now.
 
-        Raises: CapacityError, QuotaError or InvalidRequestError when it is not admitted; GenerationError for content
-        that ended its workers before.
+        Raises: CapacityError, QuotaError or InvalidRequestError when it would not; GenerationError for content that
+        ended its workers before.
         """
         self._poison.check(request, now)
         try:
-            applicant = self._admit(request, now)
+            self._admit(request, now)
         except HeliosError as error:
             self._recorder.refused(error.code)
             raise
+
+    def submit(self, request: VideoRequest, now: float) -> None:
+        """Accepts a request.
+
+        Raises: as `check` does.
+        """
+        self.check(request, now)
+        self.take(request, now)
+
+    def take(
+        self,
+        request: VideoRequest,
+        now: float,
+        *,
+        resume: Resume | None = None,
+        has_keeper: bool = False,
+        allowed: int | None = None,
+    ) -> None:
+        """Accepts a request that was admitted before.
+
+        Args:
+            resume: where it goes on that was begun before.
+            has_keeper: `committed` will be told of every chunk that is kept; until then its latents stay readable.
+            allowed: chunks that it may start before `allow` says more; None for all.
+
+        Raises: CapacityError when the server is shutting down.
+        """
+        if self._is_draining:
+            raise _draining()
+        next_chunk = 0 if resume is None else resume.next_chunk
         self._num_accepted += 1
         arrival = Arrival(
             seq=self._num_accepted,
             at=now,
-            num_ranks=applicant.num_ranks,
+            num_ranks=self._groups.num_ranks,
             is_interactive=request.is_interactive,
             is_strict=request.is_strict,
         )
         tenant = self._tenants.get(request.tenant)
-        state = new_state(request, arrival, tenant, self._model, self._groups.scheduler_config)
-        run = RequestRun(state=state, accepted_at=now)
-        self._runs[request.request_id] = self._unfinished[request.request_id] = run
+        state = new_state(request, arrival, tenant, self._model, self._groups.scheduler_config, next_chunk)
+        run = RequestRun(state=state, accepted_at=now, has_keeper=has_keeper, allowed=allowed)
+        self._runs[request.request_id] = run
+        self._recorder.accepted(run)
         if not state.live:
             self._tenants.enter(tenant)
-        self._encoders.add(
-            PoolJob(
-                request_id=request.request_id,
-                name="encode",
-                deadline=state.deadline if state.live else math.inf,
-                timeout_s=self._config.encode_timeout_s,
-                expected_s=self._model.text_s() + (self._model.media_s() if applicant.has_media else 0.0),
-                make_task=lambda task_id: EncodeTask(task_id=task_id, request=request),
-            )
-        )
+        if resume is not None:
+            run.resume(resume)
+            for chunk in resume.undecoded:
+                self._vaes.add(decode_job(run, chunk, self._model, self._config))
+        if not state.has_ended:
+            self._unfinished[request.request_id] = run
+            self._encoders.add(encode_job(run, self._model, self._config))
+        self._play(run, now)
+        self._complete(run, now)
         self.turn(now)
+
+    def committed(self, request_id: str, chunk: int, now: float) -> None:
+        """The keeper has the latents of `chunk` and all before it."""
+        run = self._runs.get(request_id)
+        if run is not None:
+            run.num_committed = chunk + 1
+            self._executor.drop(run.spent_refs())
+            self._hold(run, self._vae_queue_is_long)
+            self._complete(run, now)
+            self.turn(now)
+
+    def change_prompt(self, request_id: str, prompt: str, transition_chunks: int, now: float) -> int:
+        """Switches a running request to another prompt; returns the chunk that begins to use it, which waits for the
+        encoder.
+
+        Raises: ConflictError when no chunk is left to be begun.
+        """
+        run = self._runs.get(request_id)
+        chunk = 0 if run is None else run.first_free_chunk
+        if run is None or (run.state.end_chunk is not None and chunk >= run.state.end_chunk):
+            raise ConflictError(f"video {request_id}: its last chunk has begun; no later prompt can be seen")
+        run.change_prompt(PromptChange(chunk=chunk, prompt=prompt, transition_chunks=transition_chunks))
+        run.hold("prompt", True)
+        self._encoders.add(encode_job(run, self._model, self._config))
+        self.turn(now)
+        return chunk
+
+    def allow(self, request_id: str, num_chunks: int, now: float) -> None:
+        """Lets a request start its first `num_chunks` chunks: its viewer's credit."""
+        run = self._runs.get(request_id)
+        if run is not None:
+            run.allowed = num_chunks
+            self._play(run, now)
+            self.turn(now)
+
+    def pause(self, request_id: str, is_paused: bool, now: float) -> None:
+        """Keeps a request from starting chunks, or lets it go on; the chunk in flight ends as usual."""
+        run = self._runs.get(request_id)
+        if run is not None:
+            run.hold("pause", is_paused)
+            self._play(run, now)
+            self.turn(now)
+
+    def stop(self, request_id: str, now: float) -> int:
+        """Ends a request after the chunk in flight; returns the number of chunks that it will have."""
+        run = self._runs.get(request_id)
+        if run is None:
+            return 0
+        state = run.state
+        end = run.first_free_chunk if state.end_chunk is None else min(state.end_chunk, run.first_free_chunk)
+        state.end_chunk = end
+        if state.has_ended:
+            self._unfinished.pop(request_id, None)
+            self._encoders.abandon(request_id)
+        else:
+            run.hold("pause", False)
+            run.allowed = None
+            self._play(run, now)
+        self._complete(run, now)
+        self.turn(now)
+        return end
 
     def cancel(self, request_id: str, now: float) -> None:
         """Ends a request at the next step boundary; nothing more is published for it."""
@@ -178,7 +275,7 @@ class Engine:
         """Takes one answer of the executor in; `turn` then gives out what has become possible."""
         match event:
             case Beat():
-                self._liveness.beat(event.group, event.progress, bool(event.task_ids), now)
+                self._watch.beat(event, now)
             case StepDone():
                 self._on_step(event, now)
             case TaskDone():
@@ -205,19 +302,17 @@ class Engine:
         for group, job in self._encoders.assign(now):
             self._executor.submit(group, [job.make_task(job.task_id)])
         if not self._is_draining:
-            self._groups.dispatch(list(self._unfinished.values()), now)
+            for run, num_sharing in self._groups.dispatch(list(self._unfinished.values()), now):
+                if run.has_keeper:
+                    name, chunk = run.request_id, run.state.next_chunk
+                    self._publish(name, ChunkStarted(request_id=name, chunk=chunk, num_sharing=num_sharing))
         for group, job in self._vaes.assign(now):
             self._executor.submit(group, [job.make_task(job.task_id)])
         self._model.vae_queue_s = self._vaes.waiting_s / max(1, self._vaes.num_members)
 
     def tick(self, now: float, interval_s: float) -> None:
         """Judges the groups; call it every `interval_s`."""
-        verdicts = self._liveness.tick(now, interval_s, self._stuck_s)
-        verdicts += self._groups.overdue(now) + self._encoders.overdue(now) + self._vaes.overdue(now)
-        for group, why in dict(verdicts).items():
-            self._condemn(group, why)
-        for group, role in self._roles.items():
-            self._recorder.progress_age(role, group, self._liveness.progress_age_s(group, now))
+        self._watch.tick(now, interval_s, self._encoders.overdue(now) + self._vaes.overdue(now))
         self._record_queues()
 
     def next_wake(self, now: float) -> float | None:
@@ -235,33 +330,21 @@ class Engine:
         }
         self._recorder.queues(num_running=num_running, num_waiting=len(self._runs) - num_running, depths=depths)
 
-    def _admit(self, request: VideoRequest, now: float) -> Applicant:
+    def _admit(self, request: VideoRequest, now: float) -> None:
         missing = self.missing_roles()
         if self._is_draining:
-            raise CapacityError("the server is shutting down; try again shortly", code="draining", retry_after_s=1.0)
+            raise _draining()
         if missing:
             raise CapacityError(f"no worker for {', '.join(missing)} is up", code="no_worker", retry_after_s=5.0)
         if len(self._runs) >= self._config.max_requests:
             raise CapacityError(f"{len(self._runs)} requests are waiting or running; try again later")
-        applicant = Applicant(
-            params=request.params,
-            tenant=request.tenant,
-            num_ranks=self._groups.num_ranks,
-            has_media=request.task != "t2v",
-        )
         site = Site(
             jobs=[run.state for run in self._runs.values()],
             groups=self._groups.states,
             num_vaes=self._vaes.num_members,
             tenants=self._tenants,
         )
-        if request.service_class == "realtime":
-            decision = admit_live(now, applicant, site, self._model, self._admission)
-        else:
-            decision = admit_offline(applicant, site, self._model, self._admission)
-        if not decision.admitted:
-            raise _refusal(decision)
-        return applicant
+        admit(now, request, site, self._model, self._admission)
 
     def _on_encoded(self, event: Encoded, now: float) -> None:
         job = self._encoders.finish(event.task_id)
@@ -269,13 +352,29 @@ class Engine:
         if run is None:
             self._executor.drop([event.conditioning])
             return
-        self._recorder.phases(event.phases)
+        self._recorder.phases(run, event.phases)
         for phase in event.phases:
             if phase.name == "text_encode":
                 self._model.observe_text(phase.seconds)
             else:
                 self._model.observe_media(phase.seconds)
+        if job is None or job.name != encoding_name(run):  # a newer prompt is on its way
+            self._executor.drop([event.conditioning])
+            return
+        is_first = run.conditioning is None
         run.encoded(event.conditioning, event.generator_state)
+        run.hold("prompt", False)
+        if is_first and run.has_keeper:
+            seconds = sum(phase.seconds for phase in event.phases)
+            self._publish(
+                run.request_id,
+                Prepared(
+                    request_id=run.request_id,
+                    conditioning=event.conditioning,
+                    generator_state=event.generator_state,
+                    seconds=seconds,
+                ),
+            )
 
     def _on_step(self, event: StepDone, now: float) -> None:
         shares = self._groups.stepped(event, now)
@@ -290,65 +389,76 @@ class Engine:
         if run is None or run.is_over:
             self._executor.drop([event.latents])
             return
-        self._recorder.phases((event.phase,))
         state, chunk = run.state, run.state.next_chunk - 1
+        self._recorder.phases(run, (event.phase,), chunk=chunk)
         if state.has_ended:
-            del self._unfinished[run.request_id]
-        run.add(ChunkRecord(chunk=chunk, latents=event.latents, generator_state=event.generator_state))
-        self._executor.drop([*run.take_parked(), *run.spent_refs()])
-        deadline = state.deadline - state.period_s if state.live else math.inf
-        self._vaes.add(
-            PoolJob(
-                request_id=run.request_id,
-                name=f"d{chunk}",
-                deadline=deadline,
-                timeout_s=self._config.decode_timeout_s,
-                expected_s=self._model.decode_s(_pixel_ratio(run.request.params)),
-                make_task=lambda task_id: DecodeTask(
-                    task_id=task_id,
-                    request_id=run.request_id,
-                    chunk=chunk,
-                    params=run.request.params,
-                    latents=event.latents,
-                    is_due=state.live,
-                ),
+            self._unfinished.pop(run.request_id, None)
+        record = ChunkRecord(chunk=chunk, latents=event.latents, generator_state=event.generator_state)
+        run.add(record)
+        self._executor.drop([*run.take_parked(), *run.take_replaced(), *run.spent_refs()])
+        if run.has_keeper:
+            ready = ChunkReady(
+                request_id=run.request_id, record=record, attempt=run.num_dispatched, seconds=event.phase.seconds
             )
-        )
+            self._publish(run.request_id, ready)
+        self._vaes.add(decode_job(run, chunk, self._model, self._config))
         self._hold(run, self._vae_queue_is_long)
+        self._play(run, now)
 
     @property
     def _vae_queue_is_long(self) -> bool:
         return self._vaes.num_waiting > 2 * self._vaes.num_members
 
     def _hold(self, run: RequestRun, is_long: bool) -> None:
-        """Keeps a request from running ahead of the VAEs."""
-        run.state.is_held = run.num_undecoded >= MAX_UNDECODED_CHUNKS or (is_long and run.num_undecoded > 0)
+        """Keeps a request from running ahead of the VAEs, and of its keeper."""
+        run.hold("vae", run.num_undecoded >= MAX_UNDECODED_CHUNKS or (is_long and run.num_undecoded > 0))
+        run.hold("store", run.num_uncommitted >= MAX_UNCOMMITTED_CHUNKS)
+
+    def _play(self, run: RequestRun, now: float) -> None:
+        """Keeps a session within its viewer's credit; while it stands still its deadlines move with the clock."""
+        run.hold("credit", run.allowed is not None and run.state.next_chunk >= run.allowed)
+        before = run.play_state
+        if run.is_held_by("pause"):
+            run.play_state = "paused"
+        else:
+            run.play_state = "waiting_for_credit" if run.is_held_by("credit") else "running"
+        if run.play_state == "running":
+            run.state.resume(now)
+        else:
+            run.state.pause(now)
+        if run.play_state != before:
+            self._publish(run.request_id, PlayChanged(request_id=run.request_id, state=run.play_state))
+
+    def _complete(self, run: RequestRun, now: float) -> None:
+        """Ends a request of which everything was delivered and kept."""
+        if run.is_complete:
+            self._recorder.finished(run, "stop", now)
+            self._publish(run.request_id, Completed(request_id=run.request_id))
+            self._end(run)
+        elif run.failure is not None and run.num_undecoded == 0:
+            self._fail(run, run.failure, now)
 
     def _on_segment(self, event: Decoded, now: float) -> None:
         job = self._vaes.finish(event.task_id)
         run = None if job is None or job.is_abandoned else self._runs.get(job.request_id)
         if run is None:
             return
-        self._recorder.phases(event.phases)
+        self._recorder.phases(run, event.phases, chunk=event.segment.chunk)
         params = run.request.params
-        self._model.observe_decode(_pixel_ratio(params), max(1e-6, sum(phase.seconds for phase in event.phases)))
+        self._model.observe_decode(pixel_ratio(params), max(1e-6, sum(phase.seconds for phase in event.phases)))
         for segment in run.publishable(event.segment):
             stalled_before_s = run.state.stalled_s
             if run.state.live:
                 run.state.published(segment.chunk, now)
             self._recorder.published(run, segment, run.state.stalled_s - stalled_before_s, now)
-            self._publish(run.request_id, SegmentReady(segment=segment))
+            seconds = (_seconds_of(event, "decode"), _seconds_of(event, "mux"))
+            self._publish(run.request_id, SegmentReady(segment=segment, seconds=seconds))
         self._executor.drop(run.spent_refs())
         is_long = self._vae_queue_is_long
         for other in self._unfinished.values():
             if other.state.is_held:
                 self._hold(other, is_long)
-        if run.num_published == params.num_chunks:
-            self._recorder.finished(run, "stop", now)
-            self._publish(run.request_id, Completed(request_id=run.request_id))
-            self._end(run)
-        elif run.failure is not None and run.num_undecoded == 0:
-            self._fail(run, run.failure, now)
+        self._complete(run, now)
 
     def _on_parked(self, event: Parked, now: float) -> None:
         run = self._groups.parked(event.task_id, now)
@@ -382,27 +492,22 @@ class Engine:
         if event.fault == "request" or run.state.attempt >= self._config.max_attempts:
             self._fail_after_decoding(run, _failure(run, event), now)
         for group, why in self._groups.suspects():
-            self._condemn(group, why)
+            self._watch.condemn(group, why)
 
     def _on_up(self, event: GroupUp, now: float) -> None:
-        self._roles[event.group] = event.role
+        self._watch.seen(event)
         if event.role == "dit":
             if not self._groups.up(event):
-                self._condemn(event.group, "its golden chunk differs from that of the other groups")
+                self._watch.condemn(event.group, "its golden chunk differs from that of the other groups")
                 return
         else:
             self._pool(event.role).up(event.group)
-        self._liveness.up(event.group, now)
-        self._recorder.up(event.role, event.group)
+        self._watch.up(event, now)
 
     def _on_lost(self, event: GroupLost, now: float) -> None:
-        role = self._roles.get(event.group)
+        role = self._watch.lost(event)
         if role is None:
             return
-        logger.warning("group %s is lost: %s", event.group, event.why)
-        self._condemned.discard(event.group)
-        self._liveness.down(event.group)
-        self._recorder.lost(role, event.group)
         if role == "dit":
             for run in self._groups.lost(event, now):
                 self._executor.drop(run.take_parked())
@@ -441,21 +546,6 @@ class Engine:
     def _pool(self, role: Role) -> RolePool:
         return self._encoders if role == "encoder" else self._vaes
 
-    def _stuck_s(self, group: str) -> float:
-        role = self._roles[group]
-        if role == "dit":
-            return self._groups.stuck_s(group)
-        timeout = self._config.encode_timeout_s if role == "encoder" else self._config.decode_timeout_s
-        return max(self._config.stuck_floor_s, timeout)
-
-    def _condemn(self, group: str, why: str) -> None:
-        if group in self._condemned:  # its loss is on its way; the next incarnation must not be meant
-            return
-        logger.error("group %s is condemned: %s", group, why)
-        self._condemned.add(group)
-        self._liveness.down(group)
-        self._executor.condemn(group, why)
-
     def _fail_after_decoding(self, run: RequestRun, failure: Failure, now: float) -> None:
         """Ends a request that cannot go on once its finished chunks are delivered."""
         if run.num_undecoded == 0:
@@ -479,19 +569,16 @@ class Engine:
         self._groups.abort(run)
         self._encoders.abandon(run.request_id)
         self._vaes.abandon(run.request_id)
-        self._executor.drop(run.all_refs())
+        self._executor.drop(list(run.all_refs()))
 
 
-def _refusal(decision: Decision) -> HeliosError:
-    if decision.code == "rate_not_sustainable":
-        return InvalidRequestError(decision.reason, param="fps", code=decision.code)
-    kind = QuotaError if decision.code == "quota_exceeded" else CapacityError
-    return kind(decision.reason, code=decision.code, retry_after_s=decision.retry_after_s)
+def _draining() -> CapacityError:
+    return CapacityError("the server is shutting down; try again shortly", code="draining", retry_after_s=1.0)
+
+
+def _seconds_of(event: Decoded, name: str) -> float:
+    return sum(phase.seconds for phase in event.phases if phase.name == name)
 
 
 def _failure(run: RequestRun, event: TaskFailed) -> Failure:
     return Failure(request_id=run.request_id, code=event.code, message=event.message)
-
-
-def _pixel_ratio(params: SamplingParams) -> float:
-    return params.width * params.height / REFERENCE_PIXELS

@@ -9,7 +9,8 @@ from helios_serve.types import ExecutorEvent, RoleTask, Signal, TensorRef
 
 
 class Executor(Protocol):
-    """The groups of all roles together. Except `close`, no call blocks; answers arrive through `emit`, from any thread.
+    """The groups of all roles together. Except `read`, `put` and `close`, no call blocks; answers arrive through
+    `emit`, from any thread.
 
     Every task that was submitted gets one answer (Encoded, TaskDone, Parked, Aborted, Decoded or TaskFailed), unless
     its group is lost. An answer's references stay readable until they are dropped, whatever happens to the group.
@@ -30,6 +31,18 @@ class Executor(Protocol):
     def drop(self, refs: Sequence[TensorRef]) -> None:
         """Lets go of what these references stand for. A task of an ended request that still wanted to read them may
         fail, but answers all the same."""
+
+    def read(self, ref: TensorRef) -> bytes:
+        """The record of latents, or of a conditioning's starting history, fit to be kept; blocks, on any thread.
+
+        Raises: KeyError when the reference was dropped.
+        """
+
+    def put(self, name: str, record: bytes) -> TensorRef:
+        """Latents from their record, as `read` gave it; `name` makes the key. Blocks, on any thread.
+
+        Raises: ValueError when it is no such record.
+        """
 
     def close(self, drain_s: float) -> None:
         """Stops the workers and waits for them, at most `drain_s`; work in flight is lost."""

@@ -1,4 +1,4 @@
-"""What happens in the engine, as metrics. Knows requests' times and classes; changes nothing."""
+"""What happens in the engine, as metrics and spans. Knows requests' times and classes; changes nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 from helios_serve.engine.request_run import RequestRun
 from helios_serve.telemetry import Metrics
+from helios_serve.tracing import NoTracing, Span, Tracing, current_context
 from helios_serve.types import Phase, Role, Segment
 
 Reason = Literal["stop", "abort", "error", "timeout"]
@@ -15,8 +16,19 @@ Reason = Literal["stop", "abort", "error", "timeout"]
 class Recorder:
     """One for each engine."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._metrics = metrics
+        self._tracing = NoTracing() if tracing is None else tracing
+        self._spans: dict[str, Span] = {}
+        """Of requests that have not ended."""
+
+    def accepted(self, run: RequestRun) -> None:
+        """A request begins its way through the roles, in the trace of the call that made it."""
+        self._spans[run.request_id] = self._tracing.begin(
+            "generate",
+            parent=current_context(),
+            attributes={"helios.job_id": run.request_id, "helios.service_class": run.request.service_class},
+        )
 
     def queues(self, *, num_running: int, num_waiting: int, depths: Mapping[Role, int]) -> None:
         """Requests that have begun their first chunk, those that have not, and waiting tasks by role."""
@@ -26,6 +38,9 @@ class Recorder:
 
     def finished(self, run: RequestRun, reason: Reason, now: float) -> None:
         """A request ended; shares of generation and playback are told of whole videos only."""
+        error = reason if reason in ("error", "timeout") else None
+        if (span := self._spans.pop(run.request_id, None)) is not None:
+            span.end(error=error, attributes={"helios.finished_reason": reason})
         params, started = run.request.params, run.started_at
         self._metrics.request_finished(
             run.request.service_class,
@@ -55,9 +70,13 @@ class Recorder:
         """One request's step in a forward of `batch_size` requests."""
         self._metrics.step(stage, seconds, batch_size)
 
-    def phases(self, phases: Sequence[Phase]) -> None:
+    def phases(self, run: RequestRun, phases: Sequence[Phase], *, chunk: int | None = None) -> None:
+        """Work on a request is done: on the chunk of that index, or on the request as a whole."""
+        span = self._spans.get(run.request_id)
         for phase in phases:
             self._metrics.phase(phase.name, phase.seconds)
+            if span is not None:
+                span.phase(phase, chunk=chunk)
 
     def chunk_recomputed(self) -> None:
         self._metrics.chunk_recomputed()

@@ -22,7 +22,6 @@ class Arrival:
     is_interactive: bool = False
     is_strict: bool = False
     """`reproducible: strict`: never shares a forward with another request."""
-    is_open_ended: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +51,12 @@ class RequestState:
     spare_ahead_s: float
     """A playing job is due when its deadline is at most this far; it may run ahead up to the second figure."""
     ttfc_target_s: float
+    end_chunk: int | None
+    """The number of chunks that it will have; None while it is open-ended."""
 
     next_chunk: int = 0
+    first_chunk: int = 0
+    """Where it went on that was begun before; its deadlines count from there."""
     step: int = 0
     attempt: int = 0
     is_ready: bool = False
@@ -114,14 +117,12 @@ class RequestState:
 
     @property
     def has_ended(self) -> bool:
-        return not self.arrival.is_open_ended and self.next_chunk >= self.request.params.num_chunks
+        return self.end_chunk is not None and self.next_chunk >= self.end_chunk
 
     @property
     def chunks_left(self) -> int:
         """Chunks not done yet, the running one included; an open-ended job counts one."""
-        if self.arrival.is_open_ended:
-            return 1
-        return max(0, self.request.params.num_chunks - self.next_chunk)
+        return 1 if self.end_chunk is None else max(0, self.end_chunk - self.next_chunk)
 
     @property
     def chunk_left_s(self) -> float:
@@ -149,7 +150,7 @@ class RequestState:
 
     def ends_at(self, now: float) -> float:
         """When a live job will have made its last chunk at the latest, if it keeps its deadlines; inf when open."""
-        if self.arrival.is_open_ended:
+        if self.end_chunk is None:
             return float("inf")
         return max(now, self.deadline + (self.chunks_left - 1) * self.period_s)
 
@@ -201,7 +202,7 @@ class RequestState:
     def published(self, chunk: int, now: float) -> None:
         """Segment `chunk` became visible: starts the playback clock, or counts the time the player had to wait."""
         if self.play0 is None:
-            self.play0 = now
+            self.play0 = now - chunk * self.period_s
         self.stalled_s += max(0.0, now - (self.play0 + self.stalled_s + chunk * self.period_s))
         self._set_deadline()
 
@@ -220,8 +221,11 @@ class RequestState:
         self._set_deadline()
 
     def _set_deadline(self) -> None:
-        start = self.arrival.at + self.ttfc_target_s if self.play0 is None else self.play0 + self.stalled_s
-        self.deadline = start + self.next_chunk * self.period_s
+        if self.play0 is None:
+            first = self.arrival.at + self.ttfc_target_s
+            self.deadline = first + (self.next_chunk - self.first_chunk) * self.period_s
+        else:
+            self.deadline = self.play0 + self.stalled_s + self.next_chunk * self.period_s
 
     def _refund(self) -> None:
         if not self.live:

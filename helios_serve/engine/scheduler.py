@@ -56,9 +56,18 @@ __all__ = ["Action", "Join", "Park", "SchedulerConfig", "Start", "new_state", "n
 
 
 def new_state(
-    request: VideoRequest, arrival: Arrival, tenant: TenantState, model: CostModel, cfg: SchedulerConfig
+    request: VideoRequest,
+    arrival: Arrival,
+    tenant: TenantState,
+    model: CostModel,
+    cfg: SchedulerConfig,
+    next_chunk: int = 0,
 ) -> RequestState:
-    """The scheduler's state of an admitted request; offline callers also `Tenants.enter` its account."""
+    """The scheduler's state of an admitted request; offline callers also `Tenants.enter` its account.
+
+    Args:
+        next_chunk: where a request goes on that was begun before.
+    """
     period = period_s(request)
     ahead = cfg.run_ahead_interactive if arrival.is_interactive else cfg.run_ahead
     spare = ahead if arrival.is_interactive else cfg.run_ahead_max
@@ -67,12 +76,15 @@ def new_state(
         arrival=arrival,
         tenant=tenant,
         live=request.service_class == "realtime",
-        timing=model.timing(request.params, 0, arrival.num_ranks),
+        timing=model.timing(request.params, next_chunk, arrival.num_ranks),
         steady=model.timing(request.params, 1, arrival.num_ranks),
         period_s=period,
         due_ahead_s=(ahead + 1) * period,
         spare_ahead_s=(spare + 1) * period,
         ttfc_target_s=cfg.ttfc_target_s,
+        end_chunk=None if request.is_open_ended else request.params.num_chunks,
+        next_chunk=next_chunk,
+        first_chunk=next_chunk,
         last_service=arrival.at,
         deadline=arrival.at + cfg.ttfc_target_s,
     )

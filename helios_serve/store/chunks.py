@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,11 +24,13 @@ from helios_serve.store.records import (
     Chunk,
     Committed,
     Control,
+    Job,
     LatentsCommit,
     Lease,
     ResumePoint,
     SegmentCommit,
     Segments,
+    Standing,
 )
 from helios_serve.store.schema import chunk, control, db_now, job
 from helios_serve.types import NUM_TRAIL_CHUNKS
@@ -82,6 +84,17 @@ class Chunks:
     async def chunk(self, job_id: str, idx: int) -> Chunk | None:
         """A chunk's row; None when it is not committed."""
         return await self._db.read(_chunk, job_id, idx)
+
+    async def standing(self, tenant_id: str, job_id: str) -> Standing:
+        """The job and how far it is published, at one moment.
+
+        Raises: NotFoundError.
+        """
+        return await self._db.read(_standing, tenant_id, job_id)
+
+    async def standings(self, jobs: Sequence[Job]) -> list[Standing]:
+        """How far these jobs are published."""
+        return await self._db.read(_standings, jobs)
 
     async def segments(self, tenant_id: str, job_id: str, start: int, *, limit: int = PAGE_CHUNKS) -> Segments:
         """Published segments from `start` on: of 0 to k only when all of these are committed.
@@ -275,6 +288,20 @@ def _resume_point(connection: sa.Connection, lease: Lease) -> ResumePoint | None
 def _chunk(connection: sa.Connection, job_id: str, idx: int) -> Chunk | None:
     row = connection.execute(sa.select(chunk).where(chunk.c.job_id == job_id, chunk.c.idx == idx)).one_or_none()
     return None if row is None else chunk_record(row)
+
+
+def _standing(connection: sa.Connection, tenant_id: str, job_id: str) -> Standing:
+    return _standing_of(connection, owned_row(connection, tenant_id, job_id))
+
+
+def _standings(connection: sa.Connection, jobs: Sequence[Job]) -> list[Standing]:
+    return [_standing_of(connection, found) for found in jobs]
+
+
+def _standing_of(connection: sa.Connection, found: Job) -> Standing:
+    num_published = _num_published(connection, found.id)
+    last = None if num_published == 0 else _chunk(connection, found.id, num_published - 1)
+    return Standing(job=found, num_published=num_published, last=last)
 
 
 def _segments(connection: sa.Connection, tenant_id: str, job_id: str, start: int, limit: int) -> Segments:

@@ -61,6 +61,13 @@ class JobStore:
         """
         return await self._db.write(_create, new, idempotency_key, is_retry)
 
+    async def find(self, new: NewJob, *, idempotency_key: str | None = None, is_retry: bool = False) -> Job | None:
+        """The job that `create` would find rather than make.
+
+        Raises: IdempotencyKeyReusedError.
+        """
+        return await self._db.read(_find, new, idempotency_key, is_retry)
+
     async def get(self, tenant_id: str, job_id: str) -> Job:
         """Raises NotFoundError for unknown, deleted and other tenants' jobs."""
         return await self._db.read(_get, tenant_id, job_id)
@@ -72,6 +79,10 @@ class JobStore:
     async def counts(self, tenant_id: str) -> dict[State, int]:
         """How many unfinished jobs the tenant has, by state; absent states are 0."""
         return await self._db.read(_counts, tenant_id)
+
+    async def totals(self) -> tuple[dict[State, int], int]:
+        """How many jobs of all tenants there are, by state (absent states are 0), and the bytes that they hold."""
+        return await self._db.read(_totals)
 
     async def bytes_stored(self, tenant_id: str) -> int:
         """Bytes of the tenant's jobs and files; blobs that two jobs share count twice."""
@@ -93,9 +104,10 @@ class JobStore:
         """Makes a paused job runnable; takes back a request to pause."""
         return await self._db.write(_resume, tenant_id, job_id)
 
-    async def stop(self, tenant_id: str, job_id: str) -> Job:
-        """Ends an open-ended job with the chunks that it has: now when all are decoded, else after the last one."""
-        return await self._db.write(_stop, tenant_id, job_id)
+    async def stop(self, tenant_id: str, job_id: str, *, num_chunks: int = 0) -> Job:
+        """Ends an open-ended job with the chunks that it has, or with `num_chunks` if these are more: now when all are
+        decoded, else after the last one."""
+        return await self._db.write(_stop, tenant_id, job_id, num_chunks)
 
     async def add_control(
         self, tenant_id: str, job_id: str, *, kind: str, payload: Json, event_id: str | None = None
@@ -170,12 +182,28 @@ def _take_key(connection: sa.Connection, new: NewJob, key: str) -> str:
         .on_conflict_do_nothing()
     )
     bound = connection.execute(sa.select(idem.c.job_id, idem.c.body_hash).where(mine)).one()
-    if bound.body_hash != new.spec_hash:
+    _check_same(bound.body_hash, new, key)
+    return str(bound.job_id)
+
+
+def _check_same(body_hash: str, new: NewJob, key: str) -> None:
+    if body_hash != new.spec_hash:
         raise IdempotencyKeyReusedError(
             f"idempotency key {key[:64]}: it was used for another request; send a new key, or the same body",
             param="Idempotency-Key",
         )
-    return str(bound.job_id)
+
+
+def _find(connection: sa.Connection, new: NewJob, key: str | None, is_retry: bool) -> Job | None:
+    if key is None:
+        return _earlier_try(connection, new) if is_retry else None
+    mine = sa.and_(idem.c.tenant == new.tenant, idem.c.route == new.route, idem.c.key == key)
+    query = sa.select(idem.c.job_id, idem.c.body_hash).where(mine, idem.c.expires_at >= db_now())
+    bound = connection.execute(query).one_or_none()
+    if bound is None:
+        return None
+    _check_same(bound.body_hash, new, key)
+    return _row(connection, str(bound.job_id))
 
 
 def _earlier_try(connection: sa.Connection, new: NewJob) -> Job | None:
@@ -247,6 +275,15 @@ def _counts(connection: sa.Connection, tenant_id: str) -> dict[State, int]:
     return {state: count for state, count in connection.execute(query.group_by(job.c.state))}  # noqa: C416  # typed
 
 
+def _totals(connection: sa.Connection) -> tuple[dict[State, int], int]:
+    rows = connection.execute(
+        sa.select(job.c.state, sa.func.count(), sa.func.sum(job.c.bytes_stored))
+        .where(job.c.state != "deleted")
+        .group_by(job.c.state)
+    ).all()
+    return {row[0]: row[1] for row in rows}, sum(int(row[2] or 0) for row in rows)
+
+
 def _bytes_stored(connection: sa.Connection, tenant_id: str) -> int:
     sums = (
         sa.select(sa.func.sum(table.c[name])).where(table.c.tenant == tenant_id)
@@ -302,12 +339,15 @@ def _resume(connection: sa.Connection, tenant_id: str, job_id: str) -> Job:
     return _row(connection, job_id)
 
 
-def _stop(connection: sa.Connection, tenant_id: str, job_id: str) -> Job:
+def _stop(connection: sa.Connection, tenant_id: str, job_id: str, num_chunks: int) -> Job:
     old = owned_row(connection, tenant_id, job_id, is_locked=True)
     if old.state in ENDED:
         return old
     same = (job.c.id == job_id, job.c.state == old.state, job.c.epoch == old.epoch)
-    connection.execute(sa.update(job).where(*same).values(num_chunks=old.next_chunk, is_pause_requested=False))
+    end = max(old.next_chunk, num_chunks)
+    connection.execute(sa.update(job).where(*same).values(num_chunks=end, is_pause_requested=False))
+    if end > old.next_chunk:
+        return _row(connection, job_id)
     if old.next_chunk == 0:
         error = JobError(code="cancelled", message=f"video {job_id}: stopped before its first chunk")
         end_job(connection, job_id, old=old.state, epoch=old.epoch, new="cancelled", error=error)

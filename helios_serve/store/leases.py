@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -62,11 +62,12 @@ class Leases:
         """What this process believes to own."""
         return tuple(lease for lease in self._renewed_at if lease not in self._finished)
 
-    async def claim(self, limit: int, *, job_id: str | None = None) -> list[Job]:
+    async def claim(self, limit: int, *, job_id: str | None = None, after_crash: bool = True) -> list[Job]:
         """Takes up to `limit` free runnable jobs, realtime and older ones first, or the one named if it is free. A job
-        that was dispatched when its last owner vanished is suspect from now on."""
+        that was dispatched when its last owner vanished is suspect from now on, unless that owner is known to have been
+        killed from outside (`after_crash` false)."""
         sent_at = self._clock()
-        jobs = await self._db.write(_claim, self.owner, self.lease_s, limit, job_id)
+        jobs = await self._db.write(_claim, self.owner, self.lease_s, limit, job_id, after_crash)
         for claimed in jobs:
             self._renewed_at[claimed.lease] = sent_at
         return jobs
@@ -117,10 +118,11 @@ class Leases:
         """The first step is dispatched: queued becomes running. False: fenced."""
         return await self._db.write(_start, lease)
 
-    async def dispatched(self, leases: Collection[Lease]) -> set[Lease]:
-        """Notes, before a crash can come, that these jobs' next chunks run together; returns those that still may.
-        For executors whose crash ends this process: after it the jobs are claimed as suspects."""
-        return await self._db.write(_dispatched, _sorted(leases))
+    async def dispatched(self, leases: Collection[Lease], num_sharing: int | None = None) -> set[Lease]:
+        """Notes, before a crash can come, that these jobs' next chunks run together, in a pack of `num_sharing` if that
+        is more; returns those that still may. For executors whose crash ends this process: after it the jobs are
+        claimed as suspects."""
+        return await self._db.write(_dispatched, _sorted(leases), num_sharing or len(leases))
 
     async def undispatched(self, leases: Collection[Lease]) -> None:
         """The chunks were given up in good order: it costs no attempt and raises no suspicion."""
@@ -157,7 +159,9 @@ def fence(lease: Lease) -> sa.ColumnElement[bool]:
     return sa.and_(job.c.id == lease.job_id, job.c.epoch == lease.epoch, job.c.state.in_(RUNNABLE))
 
 
-def _claim(connection: sa.Connection, owner: str, lease_s: float, limit: int, job_id: str | None) -> list[Job]:
+def _claim(
+    connection: sa.Connection, owner: str, lease_s: float, limit: int, job_id: str | None, after_crash: bool
+) -> list[Job]:
     if connection.dialect.name == "postgresql":
         free = sa.or_(job.c.lease_until.is_(None), job.c.lease_until < db_now())
     else:
@@ -175,14 +179,20 @@ def _claim(connection: sa.Connection, owner: str, lease_s: float, limit: int, jo
             epoch=job.c.epoch + 1,
             owner=owner,
             lease_until=db_now() + lease_s,
-            is_suspect=sa.or_(job.c.is_suspect, job.c.in_flight.is_not(None)),
-            solo_crashes=job.c.solo_crashes + sa.case((job.c.in_flight == 1, 1), else_=0),
             in_flight=None,
+            **(_suspicion() if after_crash else {}),
         )
         .returning(job)
     )
     jobs = [job_record(row) for row in rows]
     return sorted(jobs, key=lambda claimed: (claimed.service_class != "realtime", claimed.created_at, claimed.id))
+
+
+def _suspicion() -> dict[str, sa.ColumnElement[Any]]:
+    return {
+        "is_suspect": sa.or_(job.c.is_suspect, job.c.in_flight.is_not(None)),
+        "solo_crashes": job.c.solo_crashes + sa.case((job.c.in_flight == 1, 1), else_=0),
+    }
 
 
 def _renew(connection: sa.Connection, owner: str, lease_s: float) -> set[Lease]:
@@ -225,8 +235,8 @@ def _start(connection: sa.Connection, lease: Lease) -> bool:
     return _one(connection, sa.update(job).where(fence(lease)).values(state="running", started_at=started))
 
 
-def _dispatched(connection: sa.Connection, leases: tuple[Lease, ...]) -> set[Lease]:
-    values = {"in_flight": len(leases), "attempts": job.c.attempts + 1}
+def _dispatched(connection: sa.Connection, leases: tuple[Lease, ...], num_sharing: int) -> set[Lease]:
+    values = {"in_flight": num_sharing, "attempts": job.c.attempts + 1}
     return {lease for lease in leases if _one(connection, sa.update(job).where(fence(lease)).values(**values))}
 
 

@@ -41,7 +41,8 @@ class NewJob:
     route: the verb, for idempotency. spec: what the caller asked for, as the API writes it; `spec_hash` by
     `canonical_hash` of what makes two requests the same one. pinned: numeric configuration that every worker must
     honour. num_chunks: None for an open-ended session. pinned_chunk: the chunk whose first frame every later history
-    holds. ttl_s: how long outputs live after the end. source: another job of the tenant that this one extends.
+    holds. seed_blob, seed_rng: another job's, whose pictures this one begins from too.
+    ttl_s: how long outputs live after the end. source: another job of the tenant that this one extends.
     """
 
     id: str
@@ -57,6 +58,8 @@ class NewJob:
     ttl_s: float = 86_400.0
     cost_tflop: float = 0.0
     input_blob: BlobRef | None = None
+    seed_blob: str | None = None
+    seed_rng: bytes | None = None
     webhook_url: str | None = None
     key_id: str | None = None
     source: Source | None = None
@@ -215,6 +218,15 @@ class ResumePoint:
     undecoded: tuple[Chunk, ...]
     num_published: int
     controls: tuple[Control, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """A job, how many of its segments are published, and the last one of these."""
+
+    job: Job
+    num_published: int
+    last: Chunk | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,13 @@ import torch
 from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.model_executor.byte_cache import ByteCache
 from helios_serve.model_executor.conditioning import Conditioning, starting_history
+from helios_serve.model_executor.history import History
 from helios_serve.model_executor.memory import retry_out_of_memory
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding
 from helios_serve.model_executor.text_encoder import TextEncoder, clean_prompt
 from helios_serve.model_executor.vae import WanVAE
 from helios_serve.types import Phase, VideoRequest
+from helios_serve.workers.records import history_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +51,19 @@ class EncoderWorker:
         self._device = next(vae.parameters()).device
 
     @torch.inference_mode()
-    def encode(self, request: VideoRequest) -> EncodeResult:
+    def encode(self, request: VideoRequest, earlier: Conditioning | None = None) -> EncodeResult:
         """All that the DiT needs to know of a request; draws from the request's generator in the reference's order.
 
         The result is ready on every stream of its device.
-        """
-        return retry_out_of_memory(lambda: self._encode(request))
 
-    def _encode(self, request: VideoRequest) -> EncodeResult:
+        Args:
+            earlier: a result for the same request, of which only the prompts are made anew.
+
+        Raises: ValueError when the request begins from a record that is none.
+        """
+        return retry_out_of_memory(lambda: self._encode(request, earlier))
+
+    def _encode(self, request: VideoRequest, earlier: Conditioning | None) -> EncodeResult:
         started_s = time.time()
         generator = torch.Generator()
         generator.manual_seed(request.params.seed)
@@ -67,21 +74,28 @@ class EncoderWorker:
         negative = self._embed(request.negative_prompt) if request.params.uses_guidance else None
         self._wait_for_device()
         embedded_s = time.time()
-        history = starting_history(request, self._vae, generator)
+        history = self._history(request, generator) if earlier is None else earlier.history
         self._wait_for_device()
         phases = [Phase(name="text_encode", started_s=started_s, ended_s=embedded_s)]
-        if request.image is not None:
+        if earlier is None and request.image is not None:
             phases.append(Phase(name="image_encode", started_s=embedded_s, ended_s=time.time()))
-        elif request.video is not None:
+        elif earlier is None and request.video is not None:
             phases.append(Phase(name="video_encode", started_s=embedded_s, ended_s=time.time()))
         conditioning = Conditioning(
             params=request.params, schedule=request.prompts, prompts=prompts, negative=negative, history=history
         )
         return EncodeResult(
             conditioning=conditioning,
-            generator_state=generator.get_state().numpy().tobytes(),
+            generator_state=(
+                generator.get_state().numpy().tobytes() if request.start is None else request.start.generator_state
+            ),
             phases=tuple(phases),
         )
+
+    def _history(self, request: VideoRequest, generator: torch.Generator) -> History:
+        if request.start is not None:
+            return history_of(request.start.record, self._device)
+        return starting_history(request, self._vae, generator)
 
     def _embed(self, prompt: str) -> PromptEmbedding:
         cleaned = clean_prompt(prompt)

@@ -6,7 +6,7 @@ from helios_serve.model_executor.model import Checkpoint, load_text_encoder, loa
 from helios_serve.types import Encoded, EncodeTask, ExecutorEvent, RoleTask, TensorRef
 from helios_serve.workers.encoder import EncoderWorker
 from helios_serve.workers.host import Fetch, PoolHost, wait_for_memory
-from helios_serve.workers.payload import Payload, num_bytes, pack
+from helios_serve.workers.payload import Payload, num_bytes, pack, unpack
 from helios_serve.workers.ray_wire import HostSpec
 
 
@@ -21,7 +21,8 @@ class EncoderHost(PoolHost):
 
     def _do(self, task: RoleTask, fetch: Fetch, key: str) -> tuple[ExecutorEvent, Payload | None]:
         assert isinstance(task, EncodeTask)
-        result = self._compute(lambda: self._worker.encode(task.request))
+        earlier = None if task.conditioning is None else unpack(fetch(task.conditioning), copy=True)
+        result = self._compute(lambda: self._worker.encode(task.request, earlier))
         payload = pack(result.conditioning)
         event = Encoded(
             task_id=task.task_id,

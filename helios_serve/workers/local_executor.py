@@ -8,6 +8,7 @@ and whoever supervises it starts it again.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import queue
@@ -44,6 +45,7 @@ from helios_serve.types import (
 from helios_serve.workers.dit import Answer, ChunkInputs, ChunkResult, DitWorker, ParkedResult
 from helios_serve.workers.encoder import EncoderWorker
 from helios_serve.workers.failure import task_failed
+from helios_serve.workers.records import latents_of, record_of
 from helios_serve.workers.role_queue import DueGate, RoleQueue
 from helios_serve.workers.vae import Pictures, VaeWorker
 
@@ -129,9 +131,10 @@ class LocalExecutor:
         self._settings = LocalSettings() if settings is None else settings
         self._device = runner.transformer.device
         self._table = TensorTable()
+        self._put_numbers = itertools.count()
         self._gate = DueGate()
         self._dit = DitWorker(DIT, runner, self._hand_on, before_step=self._gate.wait)
-        self._encodes: RoleQueue[EncodeTask] = RoleQueue()
+        self._encodes: RoleQueue[tuple[EncodeTask, Conditioning | None]] = RoleQueue()
         self._decodes: RoleQueue[tuple[DecodeTask, Tensor]] = RoleQueue()
         self._muxes: queue.SimpleQueue[tuple[DecodeTask, Pictures] | None] = queue.SimpleQueue()
         self._up: list[Group] = []
@@ -168,6 +171,13 @@ class LocalExecutor:
     def drop(self, refs: Sequence[TensorRef]) -> None:
         self._table.drop(refs)
 
+    def read(self, ref: TensorRef) -> bytes:
+        return record_of(self._table.get(ref, object))
+
+    def put(self, name: str, record: bytes) -> TensorRef:
+        latents = latents_of(record).to(self._device)
+        return self._table.put(f"{name}#{next(self._put_numbers)}", latents, (latents,))
+
     def close(self, drain_s: float) -> None:
         self._closing.set()
         self._dit.close()
@@ -186,7 +196,8 @@ class LocalExecutor:
     def _submit(self, group: str, task: RoleTask) -> None:
         if isinstance(task, EncodeTask):
             assert group == ENCODER
-            self._encodes.put(task.task_id, task)
+            earlier = None if task.conditioning is None else self._table.get(task.conditioning, Conditioning)
+            self._encodes.put(task.task_id, (task, earlier))
         elif isinstance(task, DecodeTask):
             assert group == VAE
             latents = self._table.get(task.latents, Tensor)
@@ -207,12 +218,13 @@ class LocalExecutor:
 
     def _run_encoder(self) -> None:
         self._say_up(ENCODER)
-        while (task := self._encodes.take()) is not None:
-            self._guard(task.task_id, lambda task=task: self._encode(task))  # type: ignore[misc]
+        while (taken := self._encodes.take()) is not None:
+            task, earlier = taken
+            self._guard(task.task_id, lambda task=task, earlier=earlier: self._encode(task, earlier))  # type: ignore[misc]
             self._encodes.done(task.task_id)
 
-    def _encode(self, task: EncodeTask) -> None:
-        result = self._encoder.encode(task.request)
+    def _encode(self, task: EncodeTask, earlier: Conditioning | None) -> None:
+        result = self._encoder.encode(task.request, earlier)
         conditioning = result.conditioning
         ref = self._table.put(f"{task.task_id}:conditioning", conditioning, conditioning.tensors())
         self._emit(

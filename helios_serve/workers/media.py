@@ -1,9 +1,10 @@
 """Decodes images and videos from callers into RGB frames of the output size.
 
-Knows file types, their limits and how frames are fitted. Takes bytes and returns bytes: no files, no network, no state,
-so that it can run in a process of its own. The input is hostile until shown otherwise: the type comes from its first
-bytes, sizes are checked before anything is decoded, and whatever a decoder raises becomes an `InvalidRequestError` with
-code `media_invalid`. An image's EXIF rotation is applied, as diffusers' `load_image` does; a video's is not.
+Knows the limits of media and how frames are fitted. Takes and makes bytes: no files, no network, no state, so that it
+can run in a process of its own (`media_child`). The input is hostile until shown otherwise: the type comes from its
+first bytes, sizes are checked before anything is decoded, and whatever a decoder raises becomes an
+`InvalidRequestError` with code `media_invalid`. An image's EXIF rotation is applied, as diffusers' `load_image` does; a
+video's is not.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image, ImageOps
 
 from helios_serve.errors import InvalidRequestError
 from helios_serve.types import FRAMES_PER_CHUNK, Frames, ImageFit
+from helios_serve.workers.media_headers import image_type, is_whole_mp4, is_whole_webm, num_claimed_samples, webp_size
 
 MAX_IMAGE_BYTES = 20 * 2**20
 MAX_IMAGE_PIXELS = 40_000_000
@@ -32,69 +35,134 @@ MAX_VIDEO_SECONDS = 91
 """What the most frames last at 16 frames per second."""
 MIN_VIDEO_FRAMES = FRAMES_PER_CHUNK
 
+MAX_CLAIMED_SAMPLES = 5_000_000
+"""Of all tracks of an MP4: above `MAX_VIDEO_SECONDS` of PCM sound; a demuxer takes 40 bytes for each."""
+
 _VIDEO_CODECS = frozenset({"h264", "hevc", "mpeg4", "vp8", "vp9", "av1"})
-_DEMUXER_OPTIONS = {"format_whitelist": "mov,mp4,matroska,webm", "protocol_whitelist": "file"}
+_OPTIONS = {
+    "format_whitelist": "mov,mp4,matroska,webm",
+    "protocol_whitelist": "file",
+    "max_pixels": str(MAX_VIDEO_SIDES[0] * MAX_VIDEO_SIDES[1]),
+    "threads": "1",
+}
+"""For the demuxer and for the decoders with which it looks at the first frames."""
 _NPY_MAGIC = b"\x93NUMPY"
 _EBML_MAGIC = b"\x1a\x45\xdf\xa3"
-_WEBM_SEGMENT = b"\x18\x53\x80\x67"
+_EXIF_ORIENTATION = 0x0112
+_TURNED_SIDEWAYS = frozenset({5, 6, 7, 8})
 
 
-def decode_image(
-    data: bytes, width: int, height: int, fit: ImageFit, *, param: str = "image", allow_npy: bool = False
-) -> Frames:
-    """A PNG, JPEG or WebP image (the first picture of an animation) as one frame of `width` x `height`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The frames to make: size and how to get there.
+
+    fit: "crop" scales to cover and cuts the centre out, "stretch" changes the aspect ratio; Lanczos either way.
+    """
+
+    width: int
+    height: int
+    fit: ImageFit
+
+    @property
+    def bytes_per_frame(self) -> int:
+        return self.width * self.height * 3
+
+    def write(self, images: Iterable[Image.Image], output: BinaryIO) -> int:
+        """RGB images of any size -> frames of this one behind each other; holds one source image at a time.
+
+        Returns the number of frames.
+        """
+        num_frames = 0
+        for image in images:
+            output.write(self._fitted(image).tobytes())
+            num_frames += 1
+        return num_frames
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        size = (self.width, self.height)
+        if self.fit == "stretch":  # an image of this size is left as it is by either
+            return image.resize(size, Image.Resampling.LANCZOS)
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
+def write_image(data: bytes, target: Target, output: BinaryIO, *, param: str = "image", allow_npy: bool = False) -> int:
+    """A PNG, JPEG or WebP image (the first picture of an animation) as one frame of `target`, written to `output`.
 
     Args:
         data: the file.
-        fit: "crop" scales to cover and cuts the centre out, "stretch" changes the aspect ratio; Lanczos either way.
+        output: takes uint8 RGB, [1, height, width, 3].
         param: the caller's name of the field, for messages.
         allow_npy: also take a NumPy file, uint8 [1, H, W, 3].
+
+    Returns the number of frames, 1.
 
     Raises:
         InvalidRequestError: `media_invalid`; not such an image, damaged, or over a limit of this module.
     """
-    target = _Target(width=width, height=height, fit=fit)
     if allow_npy and data.startswith(_NPY_MAGIC):
         frames = load_npy(data, param=param)
         if len(frames) != 1:
             raise _invalid(f"{len(frames)} frames, exactly 1 is needed", param)
-        return target.frames(Image.fromarray(frame) for frame in frames)
-    _check_bytes(data, MAX_IMAGE_BYTES, param)
-    kind = _image_type(data)
-    if kind is None:
-        raise _invalid("not a PNG, JPEG or WebP image", param)
-    with _untrusted(f"{kind} image", param), Image.open(io.BytesIO(data), formats=(kind,)) as image:
-        if max(image.size) > MAX_IMAGE_SIDE or image.width * image.height > MAX_IMAGE_PIXELS:
-            raise _image_too_large(f"{image.width}x{image.height} pixels", param)
+        return target.write((Image.fromarray(frame) for frame in frames), output)
+    with _opened_image(data, param) as image:
         image.info.pop("transparency", None)  # alpha is dropped; Pillow warns when a palette carries it
-        return target.frames([ImageOps.exif_transpose(image).convert("RGB")])
+        ImageOps.exif_transpose(image, in_place=True)
+        return target.write([image if image.mode == "RGB" else image.convert("RGB")], output)
 
 
-def decode_video(
-    data: bytes, width: int, height: int, fit: ImageFit, *, param: str = "video", allow_npy: bool = False
-) -> Frames:
-    """An MP4 or WebM video as frames of `width` x `height`, every frame once, without regard to its frame rate.
+def write_video(data: bytes, target: Target, output: BinaryIO, *, param: str = "video", allow_npy: bool = False) -> int:
+    """An MP4 or WebM video as frames of `target`, every frame once, without regard to its frame rate.
 
     Args:
         data: the file.
-        fit: as in `decode_image`.
+        output: takes uint8 RGB, [T, height, width, 3].
         param: the caller's name of the field, for messages.
         allow_npy: also take a NumPy file, uint8 [T, H, W, 3].
+
+    Returns the number of frames, T.
 
     Raises:
         InvalidRequestError: `media_invalid`; not such a video, damaged, truncated, shorter than 33 frames, or over a
             limit of this module.
     """
-    target = _Target(width=width, height=height, fit=fit)
     if allow_npy and data.startswith(_NPY_MAGIC):
-        frames = target.frames(Image.fromarray(frame) for frame in load_npy(data, param=param))
+        num_frames = target.write((Image.fromarray(frame) for frame in load_npy(data, param=param)), output)
     else:
         _check_bytes(data, MAX_VIDEO_BYTES, param)
         with _untrusted("video", param):
-            frames = _decode_container(data, target, param)
-    if frames.num_frames < MIN_VIDEO_FRAMES:
-        raise _invalid(f"{frames.num_frames} frames, at least {MIN_VIDEO_FRAMES} are needed", param)
-    return frames
+            num_frames = _write_container(data, target, output, param)
+    if num_frames < MIN_VIDEO_FRAMES:
+        raise _invalid(f"{num_frames} frames, at least {MIN_VIDEO_FRAMES} are needed", param)
+    return num_frames
+
+
+def image_size(data: bytes, *, param: str = "image") -> tuple[int, int]:
+    """(width, height) of a PNG, JPEG or WebP image as it is shown, EXIF rotation applied; reads its headers only.
+
+    Raises:
+        InvalidRequestError: `media_invalid`; not such an image, damaged, or over a limit of this module.
+    """
+    with _opened_image(data, param) as image:
+        is_turned = image.getexif().get(_EXIF_ORIENTATION) in _TURNED_SIDEWAYS
+        return (image.height, image.width) if is_turned else image.size
+
+
+def decode_image(
+    data: bytes, width: int, height: int, fit: ImageFit, *, param: str = "image", allow_npy: bool = False
+) -> Frames:
+    """`write_image` into memory."""
+    target, pixels = Target(width=width, height=height, fit=fit), io.BytesIO()
+    num_frames = write_image(data, target, pixels, param=param, allow_npy=allow_npy)
+    return Frames(data=pixels.getvalue(), num_frames=num_frames, height=height, width=width)
+
+
+def decode_video(
+    data: bytes, width: int, height: int, fit: ImageFit, *, param: str = "video", allow_npy: bool = False
+) -> Frames:
+    """`write_video` into memory."""
+    target, pixels = Target(width=width, height=height, fit=fit), io.BytesIO()
+    num_frames = write_video(data, target, pixels, param=param, allow_npy=allow_npy)
+    return Frames(data=pixels.getvalue(), num_frames=num_frames, height=height, width=width)
 
 
 def load_npy(data: bytes, *, param: str) -> npt.NDArray[np.uint8]:
@@ -123,7 +191,7 @@ def load_npy(data: bytes, *, param: str) -> npt.NDArray[np.uint8]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """The two decoders as one object, for those who are handed one; `allow_npy` is for the caller's own files."""
+    """Decoding in this process as one object, for those who are handed one; `allow_npy`: for the caller's own files."""
 
     allow_npy: bool = False
 
@@ -133,48 +201,31 @@ class Decoder:
     def decode_video(self, data: bytes, width: int, height: int, fit: ImageFit) -> Frames:
         return decode_video(data, width, height, fit, allow_npy=self.allow_npy)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Target:
-    """The frames to make: size and how to get there."""
-
-    width: int
-    height: int
-    fit: ImageFit
-
-    def frames(self, images: Iterable[Image.Image]) -> Frames:
-        """RGB images of any size -> `Frames` of this one; holds one source image at a time."""
-        pixels, num_frames = io.BytesIO(), 0
-        for image in images:
-            pixels.write(self._fitted(image).tobytes())
-            num_frames += 1
-        return Frames(data=pixels.getvalue(), num_frames=num_frames, height=self.height, width=self.width)
-
-    def _fitted(self, image: Image.Image) -> Image.Image:
-        size = (self.width, self.height)
-        if self.fit == "stretch":  # an image of this size is left as it is by either
-            return image.resize(size, Image.Resampling.LANCZOS)
-        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    def image_size(self, data: bytes) -> tuple[int, int]:
+        if self.allow_npy and data.startswith(_NPY_MAGIC):
+            _, height, width, _ = load_npy(data, param="image").shape
+            return width, height
+        return image_size(data)
 
 
-def _image_type(data: bytes) -> str | None:
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+@contextmanager
+def _opened_image(data: bytes, param: str) -> Iterator[Image.Image]:
+    """The image with its header read and checked, no pixel decoded; errors inside are the image's fault."""
+    _check_bytes(data, MAX_IMAGE_BYTES, param)
+    kind = image_type(data)
+    if kind is None:
+        raise _invalid("not a PNG, JPEG or WebP image", param)
+    with _untrusted(f"{kind} image", param):
+        if kind == "WEBP":  # its decoder makes room for the whole picture when it opens the file
+            _check_image_size(webp_size(data), param)
+        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+            _check_image_size(image.size, param)
+            yield image
 
 
-def _decode_container(data: bytes, target: _Target, param: str) -> Frames:
-    if data[4:8] == b"ftyp":
-        demuxer, is_whole = "mp4", _is_whole_mp4(data)
-    elif data.startswith(_EBML_MAGIC) and b"\x42\x82\x84webm" in data[:64]:
-        demuxer, is_whole = "webm", _is_whole_webm(data)
-    else:
-        raise _invalid("not an MP4 or WebM video", param)
-    if not is_whole:
-        raise _invalid("the file is truncated or damaged: it ends before its own length", param)
-    with av.open(io.BytesIO(data), "r", format=demuxer, options=_DEMUXER_OPTIONS) as container:
+def _write_container(data: bytes, target: Target, output: BinaryIO, param: str) -> int:
+    demuxer = _demuxer_of(data, param)
+    with av.open(io.BytesIO(data), "r", format=demuxer, options=_OPTIONS) as container:
         if not container.streams.video:
             raise _invalid("the file has no video track", param)
         stream = container.streams.video[0]
@@ -187,8 +238,24 @@ def _decode_container(data: bytes, target: _Target, param: str) -> Frames:
             allowed = ", ".join(sorted(_VIDEO_CODECS))
             raise _invalid(f"codec {stream.codec.canonical_name}; allowed are {allowed}", param)
         stream.codec_context.thread_count = 1
-        stream.codec_context.options = {"max_pixels": str(MAX_VIDEO_SIDES[0] * MAX_VIDEO_SIDES[1])}
-        return target.frames(_pictures(container, stream, param))
+        stream.codec_context.options = {"max_pixels": _OPTIONS["max_pixels"]}
+        return target.write(_pictures(container, stream, param), output)
+
+
+def _demuxer_of(data: bytes, param: str) -> str:
+    """FFmpeg's name of the container, whose own claims are checked before FFmpeg sees them."""
+    if data[4:8] == b"ftyp":
+        demuxer, is_whole = "mp4", is_whole_mp4(data)
+        num_samples = num_claimed_samples(data)
+        if num_samples > MAX_CLAIMED_SAMPLES:
+            raise _invalid(f"{num_samples} samples are claimed, at most {MAX_CLAIMED_SAMPLES} are allowed", param)
+    elif data.startswith(_EBML_MAGIC) and b"\x42\x82\x84webm" in data[:64]:
+        demuxer, is_whole = "webm", is_whole_webm(data)
+    else:
+        raise _invalid("not an MP4 or WebM video", param)
+    if not is_whole:
+        raise _invalid("the file is truncated or damaged: it ends before its own length", param)
+    return demuxer
 
 
 def _pictures(container: av.container.InputContainer, stream: av.VideoStream, param: str) -> Iterator[Image.Image]:
@@ -200,45 +267,17 @@ def _pictures(container: av.container.InputContainer, stream: av.VideoStream, pa
         yield Image.fromarray(frame.reformat(format="rgb24", threads=1).to_ndarray())
 
 
-def _is_whole_mp4(data: bytes) -> bool:
-    """Whether the top-level boxes end where the data ends; a rest too short for a box is ignored."""
-    offset = 0
-    while offset + 8 <= len(data):
-        size = int.from_bytes(data[offset : offset + 4], "big")
-        if size == 0:  # the last box, to the end of the file
-            return True
-        if size == 1:
-            size = int.from_bytes(data[offset + 8 : offset + 16], "big")
-        if size < 8:
-            return False
-        offset += size
-    return offset <= len(data)
-
-
-def _is_whole_webm(data: bytes) -> bool:
-    """Whether the segment that follows the header fits in the data; one of unknown length always does."""
-    header_size, offset = _ebml_size(data, len(_EBML_MAGIC))
-    offset += header_size
-    if data[offset : offset + 4] != _WEBM_SEGMENT:
-        return False
-    first = data[offset + 4]
-    size, start = _ebml_size(data, offset + 4)
-    num_bits = 7 * (9 - first.bit_length())
-    return size == (1 << num_bits) - 1 or start + size <= len(data)
-
-
-def _ebml_size(data: bytes, offset: int) -> tuple[int, int]:
-    """The variable-length number at `offset` and the offset behind it."""
-    length = 9 - data[offset].bit_length()
-    value = int.from_bytes(data[offset : offset + length], "big") & ((1 << 7 * length) - 1)
-    return value, offset + length
-
-
 def _check_bytes(data: bytes, limit: int, param: str) -> None:
     if not data:
         raise _invalid("the file is empty", param)
     if len(data) > limit:
         raise _invalid(f"{len(data)} bytes, at most {limit} ({limit >> 20} MiB) are allowed", param)
+
+
+def _check_image_size(size: tuple[int, int], param: str) -> None:
+    width, height = size
+    if max(size) > MAX_IMAGE_SIDE or width * height > MAX_IMAGE_PIXELS:
+        raise _image_too_large(f"{width}x{height} pixels", param)
 
 
 def _check_num_frames(num_frames: int, param: str) -> None:
@@ -258,6 +297,8 @@ def _untrusted(what: str, param: str) -> Iterator[None]:
         yield
     except InvalidRequestError:
         raise
+    except MemoryError as error:
+        raise _invalid(f"this {what} needs too much memory to be decoded", param) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _image_too_large("too many pixels", param) from error
     except Exception as error:  # on damaged input, decoders raise whatever they come across

@@ -8,6 +8,7 @@ on its node, so that they outlive every worker.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import threading
@@ -36,10 +37,12 @@ from helios_serve.types import (
     TaskFailed,
     TensorRef,
 )
+from helios_serve.workers.payload import num_bytes, pack, unpack
 from helios_serve.workers.processes import Process
 from helios_serve.workers.ray_cluster import EXIT_RESTART, Cluster, ControlWatch, living_nodes
 from helios_serve.workers.ray_life import Life, Reapers, Seat, reason, seats
 from helios_serve.workers.ray_wire import Batch
+from helios_serve.workers.records import latents_of, record_of
 from helios_serve.workers.respawn import RespawnConfig, RespawnPolicy
 
 logger = logging.getLogger(__name__)
@@ -84,6 +87,7 @@ class RayExecutor:
         self._emit: Callable[[ExecutorEvent], None] = lambda _: None
         self._objects: dict[str, Any] = {}
         self._num_keys = 0
+        self._put_numbers = itertools.count()
         self._reapers = Reapers(config.spawn_timeout_s)
         self._chores: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
@@ -105,6 +109,15 @@ class RayExecutor:
 
     def drop(self, refs: Sequence[TensorRef]) -> None:
         self._call(self._drop, tuple(refs))
+
+    def read(self, ref: TensorRef) -> bytes:
+        return record_of(unpack(ray.get(self._objects[ref.key])))
+
+    def put(self, name: str, record: bytes) -> TensorRef:
+        payload = pack(latents_of(record))
+        key = f"{name}#put{next(self._put_numbers)}"
+        self._objects[key] = ray.put(payload)
+        return TensorRef(key=key, num_bytes=num_bytes(payload))
 
     def close(self, drain_s: float) -> None:
         if self._thread.ident is None:
@@ -348,4 +361,6 @@ def _inputs(task: RoleTask) -> tuple[TensorRef, ...]:
     if isinstance(task, ChunkTask):
         optional = (task.first, task.parked)
         return (task.conditioning, *task.trail, *(ref for ref in optional if ref is not None))
-    return (task.latents,) if isinstance(task, DecodeTask) else ()
+    if isinstance(task, DecodeTask):
+        return (task.latents,)
+    return () if task.conditioning is None else (task.conditioning,)

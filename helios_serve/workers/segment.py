@@ -125,7 +125,8 @@ def _encoder_options(spec: SegmentSpec) -> dict[str, str]:
         return {
             "preset": spec.preset,
             "tune": "zerolatency",
-            "profile": "baseline",
+            # Lossless is in one profile only, which few browsers play.
+            "profile": "high444" if spec.crf == 0 else "baseline",
             "crf": str(spec.crf),
             "x264-params": "scenecut=0:keyint=infinite:repeat-headers=0",
         }

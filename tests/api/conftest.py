@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,21 +15,42 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from helios_serve.api.auth import Authenticator, OriginPolicy
 from helios_serve.api.convert import Limits
-from helios_serve.api.http_server import ServerSettings, create_app
+from helios_serve.api.files import FileService
+from helios_serve.api.http_access import HttpAccess, owners_in
+from helios_serve.api.http_server import Extras, create_app
+from helios_serve.api.job_runner import Engine
+from helios_serve.api.limits import Limiter
+from helios_serve.api.media_input import DataUriSource, Media
+from helios_serve.api.outgoing import Outgoing
+from helios_serve.api.realtime import realtime_route
+from helios_serve.api.routes import Desk, ServerSettings
 from helios_serve.api.service import ServiceConfig, VideoService
-from helios_serve.errors import InvalidRequestError
+from helios_serve.api.signed_urls import UrlSigner, load_signing_keys
+from helios_serve.api.webhooks import WebhookSender
+from helios_serve.errors import HeliosError, InvalidRequestError
+from helios_serve.store.connect import StoreConfig, Stores, open_stores
+from helios_serve.telemetry import Metrics
 from helios_serve.types import (
+    NUM_TRAIL_CHUNKS,
+    ChunkReady,
+    ChunkRecord,
+    ChunkStarted,
     Completed,
     Event,
     Failure,
     Frames,
     ModelInfo,
+    Prepared,
     Progress,
+    Resume,
     SamplingParams,
     Segment,
     SegmentReady,
+    Start,
     StepCursor,
+    TensorRef,
     VideoRequest,
 )
 
@@ -46,62 +70,152 @@ DISTILLED = ModelInfo(
 
 
 class FakeEngine:
-    """Walks the real cursor; the prompt decides the fate: slow, fail, crash, mute, or a video of known bytes."""
+    """Walks the real cursor; the prompt decides the fate: slow, fail, crash, mute, or a video of known bytes.
 
-    def __init__(self) -> None:
+    A chunk's latents follow from all that the real ones follow from, and the media of a prompt that begins with "exact"
+    shows them. step_s: how long a step takes, when it is not slow.
+    """
+
+    def __init__(self, *, step_s: float = 0.0) -> None:
+        self.step_s = step_s
         self.requests: list[VideoRequest] = []
         self.cancelled: list[str] = []
+        self.resumed: list[Resume] = []
+        self.refusal: HeliosError | None = None
+        self.ready = True
         self.num_active = 0
         self.max_active = 0
-        self.ready = True
+        self._num_committed: dict[str, int] = {}
 
     def is_ready(self) -> bool:
         return self.ready
 
+    def missing(self) -> list[str]:
+        return [] if self.ready else ["no dit worker is up"]
+
     def generated_fps(self, params: SamplingParams) -> float:
         return 12.0
 
-    async def submit(self, request: VideoRequest) -> AsyncGenerator[Event, None]:
+    def check(self, request: VideoRequest) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def read(self, ref: TensorRef) -> bytes:
+        return ref.key.encode()
+
+    async def put(self, name: str, record: bytes) -> TensorRef:
+        return TensorRef(key=record.decode())
+
+    def committed(self, request_id: str, chunk: int) -> None:
+        self._num_committed[request_id] = chunk + 1
+
+    def change_prompt(self, request_id: str, prompt: str, transition_chunks: int) -> int:
+        return 1
+
+    def allow(self, request_id: str, num_chunks: int) -> None:
+        pass
+
+    def pause(self, request_id: str, is_paused: bool) -> None:
+        pass
+
+    def stop(self, request_id: str) -> int:
+        return 1
+
+    async def run(
+        self,
+        request: VideoRequest,
+        *,
+        resume: Resume | None = None,
+        has_keeper: bool = False,
+        allowed: int | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        assert has_keeper
+        assert resume is not None
         self.requests.append(request)
+        self.resumed.append(resume)
         self.num_active += 1
         self.max_active = max(self.max_active, self.num_active)
+        has_ended = False
         try:
-            async for event in self._events(request):
+            async for event in self._events(request, resume):
+                has_ended = isinstance(event, Completed | Failure)
                 yield event
         except (asyncio.CancelledError, GeneratorExit):
-            self.cancelled.append(request.request_id)
+            if not has_ended:
+                self.cancelled.append(request.request_id)
             raise
         finally:
             self.num_active -= 1
 
-    async def _events(self, request: VideoRequest) -> AsyncGenerator[Event, None]:
-        prompt, params = request.prompts[0].prompt, request.params
+    async def _events(self, request: VideoRequest, resume: Resume) -> AsyncGenerator[Event, None]:
+        prompt, params, name = request.prompts[0].prompt, request.params, request.request_id
         if prompt == "crash":
             raise RuntimeError("secret detail")
         if prompt == "mute":
             return
         if prompt.startswith("fail "):
-            yield Failure(request_id=request.request_id, code=prompt.removeprefix("fail "), message="it went wrong")
+            yield Failure(request_id=name, code=prompt.removeprefix("fail "), message="it went wrong")
             return
-        cursor = StepCursor(chunk=0)
+        start = _start(request)
+        yield Prepared(
+            request_id=name, conditioning=TensorRef(key=start.record.decode()), generator_state=b"0", seconds=0.1
+        )
+        latents = {record.chunk: record.latents.key for record in resume.records}
+        for chunk in resume.undecoded:
+            yield SegmentReady(segment=_segment(request, chunk, latents[chunk]), seconds=(0.02, 0.01))
+        state = start.generator_state if resume.next_chunk == 0 else resume.generator_state
+        self._num_committed[name] = resume.next_chunk
+        cursor = StepCursor(chunk=resume.next_chunk)
         while cursor.chunk < params.num_chunks:
-            await asyncio.sleep(0.05 if prompt == "slow" else 0)
-            yield Progress(request_id=request.request_id, cursor=cursor, device_ms=2.0)
+            chunk = cursor.chunk
+            if cursor.stage == cursor.step == 0:
+                yield ChunkStarted(request_id=name, chunk=chunk, num_sharing=1)
+            await asyncio.sleep(0.05 if prompt == "slow" else self.step_s)
+            yield Progress(request_id=name, cursor=cursor, device_ms=2.0)
             if cursor.ends_chunk(params):
-                yield SegmentReady(segment=_segment(request, cursor.chunk))
+                latents[chunk] = _latents(request, chunk, start.record, latents, state)
+                state = f"behind {latents[chunk]}".encode()
+                record = ChunkRecord(chunk=chunk, latents=TensorRef(key=latents[chunk]), generator_state=state)
+                yield ChunkReady(request_id=name, record=record, attempt=1, seconds=0.2)
+                yield SegmentReady(segment=_segment(request, chunk, latents[chunk]), seconds=(0.02, 0.01))
             cursor = cursor.next(params)
-        yield Completed(request_id=request.request_id)
+        assert self._num_committed[name] == params.num_chunks, "the engine waits for its keeper"
+        yield Completed(request_id=name)
 
 
-def _segment(request: VideoRequest, chunk: int) -> Segment:
+def _start(request: VideoRequest) -> Start:
+    """What the encoder makes of the pictures, unless it is given."""
+    if request.start is not None:
+        return request.start
+    frames = request.image or request.video
+    record = f"start of {_digest(b'' if frames is None else frames.data)}".encode()
+    return Start(task=request.task, record=record, generator_state=b"0")
+
+
+def _latents(request: VideoRequest, chunk: int, start: bytes, latents: Mapping[int, str], state: bytes) -> str:
+    """Fails when what the chunk follows from is not there."""
+    pinned = request.pinned_chunk(chunk)
+    history = [latents[earlier] for earlier in range(max(0, chunk - NUM_TRAIL_CHUNKS), chunk)]
+    history += [] if pinned is None else [latents[pinned]]
+    shown = f"{request.prompt_at(chunk)} {request.prompt_weight(chunk)} {request.params.seed} {history}"
+    return f"latents {chunk} {_digest(shown.encode() + start + state)}"
+
+
+def _segment(request: VideoRequest, chunk: int, latents: str) -> Segment:
+    prompt = request.prompts[0].prompt
+    shown = f":{_digest(latents.encode())}" if prompt.startswith("exact") else ""
     return Segment(
         request_id=request.request_id,
         chunk=chunk,
         start_frame=33 * chunk,
         num_frames=request.params.frames_in(chunk),
         init=b"INIT",
-        media=f"[{request.prompts[0].prompt[:20]}:{chunk}]".encode(),
+        media=f"[{prompt[:20]}:{chunk}{shown}]".encode(),
     )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def join(init: bytes, media: Sequence[bytes]) -> bytes:
@@ -129,18 +243,70 @@ class FakeDecoder:
             raise InvalidRequestError("not a PNG, JPEG or WebP image")
         return Frames(data=bytes(width * height * 3), num_frames=1, height=height, width=width)
 
+    def image_size(self, data: bytes) -> tuple[int, int]:
+        return 1920, 1080
+
     def decode_video(self, data: bytes, width: int, height: int, fit: str) -> Frames:
         if not data.startswith(b"frames="):
             raise InvalidRequestError("not an MP4 or WebM video")
         return Frames(data=b"", num_frames=int(data[7:]), height=height, width=width)
 
 
-def make_app(engine: FakeEngine, data_dir: Path, *, max_kept: int = 100, max_active: int = 64) -> FastAPI:
-    config = ServiceConfig(data_dir=data_dir, max_kept=max_kept, max_active=max_active)
-    service = VideoService(engine=engine, muxer=join, stills=FakeStills(), model=DISTILLED, config=config)
+KEYLESS = OriginPolicy(is_keyless=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What one application is made of; its stores are closed with it."""
+
+    app: FastAPI
+    service: VideoService
+    stores: Stores
+    metrics: Metrics
+
+
+@contextmanager
+def parts_of(engine: Engine, data_dir: Path, metrics: Metrics | None = None) -> Iterator[Parts]:
+    """A keyless application over real stores in `data_dir`."""
+    stores = open_stores(StoreConfig(data_dir=data_dir))
+    told = Metrics(DISTILLED.name) if metrics is None else metrics
+    limiter, keys = Limiter(), load_signing_keys(data_dir)
+    service = VideoService(
+        stores=stores,
+        engine=engine,
+        muxer=join,
+        stills=FakeStills(),
+        model=DISTILLED,
+        limiter=limiter,
+        metrics=told,
+        config=ServiceConfig(),
+    )
+    access = HttpAccess(Authenticator([]), KEYLESS, UrlSigner(keys), limiter, owner_of=owners_in(stores.database))
     limits = Limits(model_aliases=("org/Helios-Distilled",))
-    settings = ServerSettings(decoder=FakeDecoder(), version="1.2.3", limits=limits, max_body_bytes=200_000)
-    return create_app(service, settings)
+    webhooks = WebhookSender(stores.access, Outgoing(), keys, metrics=told)
+    media = Media(source=DataUriSource(), decoder=FakeDecoder())
+    desk = Desk(
+        service=service,
+        access=access,
+        settings=ServerSettings(version="1.2.3", metrics=told, limits=limits, max_body_bytes=200_000),
+        media_for=lambda _: media,
+        webhooks=webhooks,
+    )
+    extras = Extras(
+        realtime=realtime_route(service, desk.parsed_live, access.socket_caller, desk.links),
+        files=FileService(stores.access, stores.blobs, stores.jobs, limiter),
+        rows=stores.access,
+        origins=KEYLESS,
+    )
+    try:
+        yield Parts(app=create_app(desk, extras), service=service, stores=stores, metrics=told)
+    finally:
+        stores.close()
+
+
+def client_of(app: FastAPI) -> TestClient:
+    """A client on this machine, as a server without keys wants it."""
+    return TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 1))
 
 
 @pytest.fixture
@@ -159,19 +325,19 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def app(engine: FakeEngine, tmp_path: Path) -> FastAPI:
-    return make_app(engine, tmp_path)
+def parts(engine: FakeEngine, tmp_path: Path) -> Iterator[Parts]:
+    with parts_of(engine, tmp_path) as found:
+        yield found
 
 
 @pytest.fixture
-def small_app(engine: FakeEngine, tmp_path: Path) -> FastAPI:
-    """Keeps two finished videos and takes three jobs at a time."""
-    return make_app(engine, tmp_path, max_kept=2, max_active=3)
+def app(parts: Parts) -> FastAPI:
+    return parts.app
 
 
 @pytest.fixture
 def client(app: FastAPI) -> Iterator[TestClient]:
-    with TestClient(app) as client:
+    with client_of(app) as client:
         yield client
 
 
@@ -193,5 +359,8 @@ def server(app: FastAPI) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def fuzz_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """One application for all examples of a property."""
-    with TestClient(make_app(FakeEngine(), tmp_path_factory.mktemp("fuzz"))) as client:
+    with (
+        parts_of(FakeEngine(), tmp_path_factory.mktemp("fuzz")) as parts,
+        client_of(parts.app) as client,
+    ):
         yield client

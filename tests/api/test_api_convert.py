@@ -181,6 +181,25 @@ def test_nulls_are_absent_and_off_values_accepted(parse: Parse, model: ModelInfo
     assert _warned(parse(model, **body)) == []
 
 
+def test_waiting_and_keeping(parse: Parse, model: ModelInfo) -> None:
+    parsed = parse(model)
+    assert (parsed.request.priority, parsed.queue_timeout_s) == (0, None)
+    assert (parsed.webhook_url, parsed.expires_after_s) == (None, None)
+    parsed = parse(model, priority=-2, queue_timeout=1.5, callback_url="https://a.example/hook", expires_after=7200)
+    assert (parsed.request.priority, parsed.queue_timeout_s) == (-2, 1.5)
+    assert (parsed.webhook_url, parsed.expires_after_s) == ("https://a.example/hook", 7200)
+    assert parse(model, expires_after={"seconds": 3600}).expires_after_s == 3600
+    assert _warned(parsed) == []
+
+
+def test_size_auto_follows_the_image(parse: Parse, model: ModelInfo) -> None:
+    """The image has 1920x1080; of the sizes within the checkpoint's pixels, the one that is nearest to its shape."""
+    params = parse(model, size="auto", image=PNG).request.params
+    assert params.width % 64 == params.height % 64 == 0
+    assert params.width * params.height <= model.max_pixels
+    assert abs(params.width / params.height - 16 / 9) < 0.1
+
+
 def test_media(parse: Parse, model: ModelInfo) -> None:
     request = parse(model, image=PNG, size="704x384").request
     assert request.task == "i2v"

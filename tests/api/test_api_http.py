@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from helios_serve.api.auth import ANONYMOUS
 from helios_serve.api.middleware import error_response
-from helios_serve.errors import CapacityError
+from helios_serve.errors import CapacityError, InvalidRequestError
+from helios_serve.types import VideoRequest
+from tests.api.conftest import Parts
 
 URL = "/v1/videos/generations"
 
@@ -29,7 +30,7 @@ def test_generation_answer(client: TestClient) -> None:
     result = _post(client, num_frames=132, seed=42, negative_prompt="n", helios={"steps": [2, 2, 2]})
     assert result["object"] == "video.generation"
     assert (result["model"], result["size"], result["seconds"]) == ("helios-distilled", "640x384", "5.5")
-    content = f"http://testserver/v1/videos/{result['id']}/content"
+    content = f"http://127.0.0.1/v1/videos/{result['id']}/content"
     assert result["data"] == [{"url": content, "b64_json": None, "revised_prompt": None}]
     # gpu_seconds: 12 steps of the amplified first chunk and 3 x 6 more, 2 ms each
     assert result["usage"] == {"num_frames": 132, "num_chunks": 4, "video_seconds": 5.5, "gpu_seconds": 0.06}
@@ -179,7 +180,7 @@ def test_body_limit(client: TestClient) -> None:
 def test_request_id(client: TestClient) -> None:
     assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     for refused in ("", "x" * 129, "tab\there", "caf\u00e9".encode().decode("latin-1")):
-        answer = client.get("/health", headers={"x-request-id": refused.encode("latin-1")})
+        answer = client.get("/health", headers={b"x-request-id": refused.encode("latin-1")})
         assert answer.headers["x-request-id"].startswith("req_")
     answers = {client.get("/health").headers["x-request-id"] for _ in range(3)}
     assert len(answers) == 3
@@ -218,7 +219,7 @@ def test_operations(client: TestClient, engine: Any) -> None:
     [
         ("fail generation_failed", 500, "generation_failed", "server_error"),
         ("fail never_heard_of", 500, "never_heard_of", "server_error"),
-        ("fail no_worker", 503, "no_worker", "server_error"),
+        ("fail worker_lost", 503, "worker_lost", "server_error"),
         ("fail queue_timeout", 504, "queue_timeout", "server_error"),
         ("fail invalid_value", 400, "invalid_value", "invalid_request_error"),
         ("mute", 500, "generation_failed", "server_error"),
@@ -230,7 +231,7 @@ def test_failed_job(client: TestClient, engine: Any, prompt: str, status: int, c
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["type"]) == (status, code, error_type)
     assert "secret detail" not in answer.text
-    assert ("retry-after" in answer.headers) == (code in ("no_worker", "internal_error"))
+    assert ("retry-after" in answer.headers) == (code in ("worker_lost", "internal_error"))
     video_id = engine.requests[-1].request_id
     video = client.get(f"/v1/videos/{video_id}")
     assert (video.status_code, video.json()["status"], video.json()["error"]) == (200, "failed", error)
@@ -242,7 +243,7 @@ def test_failed_job(client: TestClient, engine: Any, prompt: str, status: int, c
 def test_defect_is_logged_under_the_request_id(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("helios_serve.api.http_server.model_object", lambda *_: 1 / 0)
+    monkeypatch.setattr("helios_serve.api.system_routes.model_object", lambda *_: 1 / 0)
     answer = client.get("/v1/models", headers={"x-request-id": "abc"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
     assert answer.headers["x-request-id"] == "abc"
@@ -262,51 +263,69 @@ def test_eight_posts_at_once(client: TestClient, engine: Any) -> None:
     assert engine.num_active == 0
 
 
-def test_running_job_is_visible_and_full_server_says_so(small_app: FastAPI, engine: Any) -> None:
-    with TestClient(small_app) as client, ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(_post, client, "slow") for _ in range(3)]
-        while engine.num_active < 3:
-            pass
-        full = client.post(URL, json={"prompt": "p"})
-        assert (full.status_code, full.json()["error"]["code"]) == (503, "capacity_exceeded")
-        assert full.headers["retry-after"] == "1"
-        video = client.get(f"/v1/videos/{engine.requests[0].request_id}")
-        assert video.json()["status"] in ("queued", "in_progress")
-        assert 0 <= video.json()["progress"] < 100
-        assert 250 <= int(video.headers["openai-poll-after-ms"]) <= 5000
-        content = client.get(f"/v1/videos/{engine.requests[0].request_id}/content")
-        assert (content.status_code, content.json()["error"]["code"]) == (409, "video_not_ready")
-        assert [job.result()["seconds"] for job in running] == ["1.375"] * 3
+def test_a_running_job_is_visible(client: TestClient, engine: Any) -> None:
+    video = client.post("/v1/videos", json={"prompt": "slow", "num_frames": 330})
+    assert video.json()["status"] in ("queued", "in_progress")
+    video_id = video.json()["id"]
+    seen = client.get(f"/v1/videos/{video_id}")
+    assert 0 <= seen.json()["progress"] < 100
+    assert 250 <= int(seen.headers["openai-poll-after-ms"]) <= 5000
+    content = client.get(f"/v1/videos/{video_id}/content")
+    assert (content.status_code, content.json()["error"]["code"]) == (409, "video_not_ready")
+    assert content.headers["x-should-retry"] == "false"
+    cancelled = client.post(f"/v1/videos/{video_id}/cancel").json()
+    assert (cancelled["status"], cancelled["error"]["code"]) == ("failed", "cancelled")
+    assert engine.cancelled == [video_id]
 
 
-def test_oldest_videos_are_forgotten(small_app: FastAPI, tmp_path: Path) -> None:
-    with TestClient(small_app) as client:
-        ids = [_post(client)["id"] for _ in range(4)]
-        statuses = [client.get(f"/v1/videos/{video_id}").status_code for video_id in ids]
-    assert statuses == [404, 404, 200, 200]
-    assert sorted(path.stem for path in (tmp_path / "videos").iterdir()) == sorted(ids[2:])
+def test_a_server_that_is_full_says_so(client: TestClient, engine: Any) -> None:
+    engine.refusal = CapacityError("full", retry_after_s=7.2)
+    answer = client.post(URL, json={"prompt": "p"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "capacity_exceeded")
+    assert answer.headers["retry-after"] == "8"
+    assert client.get("/v1/videos").json()["data"] == []
 
 
-def test_input_pictures_are_dropped_at_the_end(client: TestClient, app: FastAPI, engine: Any) -> None:
+def test_a_stream_that_is_realtime_by_default_only_becomes_offline(client: TestClient, engine: Any) -> None:
+    def check(request: VideoRequest) -> None:
+        if request.service_class == "realtime":
+            raise InvalidRequestError("fps 24 is more than this server sustains", code="rate_not_sustainable")
+
+    engine.check = check
+    answer = client.post(URL, json={"prompt": "p", "num_frames": 33, "stream": True}, headers={"accept": "video/mp4"})
+    assert answer.status_code == 200
+    video = client.get(f"/v1/videos/{answer.headers['x-video-id']}").json()
+    assert video["helios"]["steps"] == [1, 1, 1]
+    assert [warning["param"] for warning in video["helios"]["warnings"]] == ["service_class"]
+    asked = {"prompt": "p", "stream": True, "helios": {"service_class": "realtime"}}
+    refused = client.post(URL, json=asked)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "rate_not_sustainable")
+
+
+def test_a_call_that_would_outlast_its_client_is_refused(client: TestClient, engine: Any) -> None:
+    """132 frames at 12 a second take 11 s."""
+    body = {"prompt": "p", "num_frames": 132}
+    refused = client.post(URL, json=body, headers={"x-stainless-read-timeout": "10.5"})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (400, "sync_too_long")
+    assert "Prefer: respond-async" in error["message"]
+    assert refused.headers["x-should-retry"] == "false"
+    assert engine.requests == []
+    for headers, extra in (
+        ({"x-stainless-read-timeout": "600"}, {}),
+        ({"x-stainless-read-timeout": "10", "prefer": "wait=5"}, {}),
+        ({"x-stainless-read-timeout": "10"}, {"stream": True}),
+    ):
+        assert client.post(URL, json=body | extra, headers=headers).status_code == 200
+
+
+def test_a_job_that_is_shown_has_no_pictures(client: TestClient, parts: Parts, engine: Any) -> None:
     image = "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()
     video_id = _post(client, image=image)["id"]
     assert engine.requests[-1].image is not None
-    route = next(r for r in app.routes if r.path == "/v1/videos/{video_id}")  # type: ignore[attr-defined]
-    assert route.endpoint.__self__._service.get(video_id).request.image is None  # type: ignore[attr-defined]
-
-
-def test_shutdown_cancels_what_runs(app: FastAPI, engine: Any) -> None:
-    async def run() -> None:
-        async with app.router.lifespan_context(app):
-            service = next(r for r in app.routes if r.path == URL).endpoint.__self__._service  # type: ignore[attr-defined]
-            from helios_serve.api.convert import Limits, parse_generation
-
-            job = service.create(parse_generation({"prompt": "slow"}, service.model, None, Limits()))  # type: ignore[arg-type]
-            await asyncio.sleep(0.01)
-        assert job.state == "cancelled"
-
-    asyncio.run(run())
-    assert len(engine.cancelled) == 1
+    assert client.portal is not None
+    job = client.portal.call(parts.service.get, ANONYMOUS, video_id)
+    assert (job.request.image, job.request.video) == (None, None)
 
 
 @pytest.mark.parametrize(("estimate", "told"), [(None, "1"), (0.2, "1"), (7.5, "8"), (4000.0, "120")])
@@ -319,7 +338,8 @@ def test_only_pure_asgi_middleware(app: FastAPI) -> None:
     from starlette.middleware.base import BaseHTTPMiddleware
 
     kinds = [middleware.cls for middleware in app.user_middleware]
-    assert [kind.__name__ for kind in kinds] == ["RequestCount", "RequestBoundary", "BodyLimit"]  # type: ignore[attr-defined]
+    names = [kind.__name__ for kind in kinds]  # type: ignore[attr-defined]
+    assert names == ["RequestCount", "Cors", "RequestBoundary", "HeadLimit", "SendLimit", "BodyLimit"]
     assert not any(isinstance(kind, type) and issubclass(kind, BaseHTTPMiddleware) for kind in kinds)
 
 
@@ -333,6 +353,9 @@ def test_openapi_document(client: TestClient) -> None:
     components = document["components"]["schemas"]
     for name in ("GenerationBody", "HeliosParams", "PromptEntry", "Generation", "Video", "ErrorAnswer"):
         assert name in components
-    assert components["GenerationBody"]["additionalProperties"] is False
-    assert "HTTPValidationError" not in components or "422" not in operation["responses"]
+    for name in ("GenerationBody", "ExtensionBody", "RemixBody"):
+        assert components[name]["additionalProperties"] is False
+    for status in ("400", "422", "503"):
+        schema = operation["responses"][status]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
     assert "video/mp4" in operation["responses"]["200"]["content"]

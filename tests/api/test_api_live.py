@@ -82,14 +82,15 @@ def test_odd_host_header_is_no_defect(server: str, host: str) -> None:
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
         status = int(connection.makefile("rb").readline().split()[1])
-    assert status in (200, 400)
+    assert status in (400, 403)
 
 
 def _post_and_leave(server: str, body: dict[str, Any], engine: Any) -> str:
     """Sends a request, waits until the engine has it, and closes the connection; returns the video's id."""
     address = urlsplit(server)
     raw = json.dumps(body).encode()
-    head = f"POST {URL} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+    head = f"POST {URL} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(raw)}\r\n\r\n"
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(head.encode() + raw)
         _wait_for(lambda: len(engine.requests) == 1)
@@ -122,7 +123,7 @@ def test_detached_job_goes_on(server: str, engine: Any) -> None:
 def test_client_that_leaves_while_sending(server: str, engine: Any) -> None:
     address = urlsplit(server)
     with socket.create_connection((address.hostname, address.port)) as connection:
-        connection.sendall(f"POST {URL} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode())
+        connection.sendall(f"POST {URL} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n".encode())
         connection.sendall(b"content-length: 100\r\n\r\n{")
     assert httpx2.get(f"{server}/health").status_code == 200
     assert engine.requests == []

@@ -12,10 +12,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from starlette.testclient import TestClient
 
-from helios_serve.api.http_server import ServerSettings, create_app
-from helios_serve.api.service import ServiceConfig, VideoService
 from helios_serve.telemetry import Metrics
-from tests.api.conftest import DISTILLED, FakeDecoder, FakeEngine, FakeStills, join
+from tests.api.conftest import FakeEngine, client_of, parts_of
 
 URL = "/v1/videos/generations"
 
@@ -146,12 +144,20 @@ def test_a_client_that_leaves_before_the_answer(app: FastAPI) -> None:
         async def send(_: Any) -> None:
             raise AssertionError("nobody is there")
 
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": URL, "headers": headers, "query_string": b""}
+        headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
+        client = ("127.0.0.1", 1)
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": URL,
+            "headers": headers,
+            "query_string": b"",
+            "client": client,
+        }
         await app(scope, receive, send)
 
     asyncio.run(leave())
-    assert counts(TestClient(app)) == {(URL, "POST", "499"): 1}
+    assert counts(client_of(app)) == {(URL, "POST", "499"): 1}
 
 
 def test_duration_lasts_until_the_answer_is_complete(client: TestClient) -> None:
@@ -167,24 +173,18 @@ def test_duration_lasts_until_the_answer_is_complete(client: TestClient) -> None
 
 def test_the_servers_own_metrics_are_shown(engine: FakeEngine, tmp_path: Path) -> None:
     """What the engine counts and what HTTP counts is one scrape; another server in the process has its own."""
-    clients, all_metrics = [], []
-    for name in ("one", "two"):
-        service = VideoService(
-            engine=engine,
-            muxer=join,
-            stills=FakeStills(),
-            model=DISTILLED,
-            config=ServiceConfig(data_dir=tmp_path / name),
-        )
-        all_metrics.append(Metrics("helios-distilled", alias="vllm"))
-        settings = ServerSettings(decoder=FakeDecoder(), version="1", metrics=all_metrics[-1])
-        clients.append(TestClient(create_app(service, settings)))
-    all_metrics[0].requests(running=7, waiting=0)
-    clients[0].get("/live")
-    assert 'vllm:num_requests_running{model_name="helios-distilled"} 7.0' in clients[0].get("/metrics").text
-    assert 'vllm:num_requests_running{model_name="helios-distilled"} 0.0' in clients[1].get("/metrics").text
-    assert counts(clients[0]) == {("/live", "GET", "200"): 1}
-    assert counts(clients[1]) == {}
+    all_metrics = [Metrics("helios-distilled", alias="vllm") for _ in range(2)]
+    with (
+        parts_of(engine, tmp_path / "one", all_metrics[0]) as one,
+        parts_of(engine, tmp_path / "two", all_metrics[1]) as two,
+    ):
+        clients = [client_of(one.app), client_of(two.app)]
+        all_metrics[0].requests(running=7, waiting=0)
+        clients[0].get("/live")
+        assert 'vllm:num_requests_running{model_name="helios-distilled"} 7.0' in clients[0].get("/metrics").text
+        assert 'vllm:num_requests_running{model_name="helios-distilled"} 0.0' in clients[1].get("/metrics").text
+        assert counts(clients[0]) == {("/live", "GET", "200"): 1}
+        assert counts(clients[1]) == {}
 
 
 def test_openapi_names_both_formats(client: TestClient) -> None:

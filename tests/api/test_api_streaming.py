@@ -3,7 +3,6 @@ or comes back finds."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import threading
@@ -16,9 +15,9 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from helios_serve.api.service import JobEnded, JobSegment
-from helios_serve.api.streaming import codec_of, mime_type_of
+from helios_serve.api.mime import codec_of, mime_type_of
 from helios_serve.workers.segment import SegmentSpec, encode_segment
+from tests.api.conftest import client_of
 
 URL = "/v1/videos/generations"
 
@@ -145,26 +144,17 @@ def test_watching_never_ends_a_job(server: str) -> None:
         raise AssertionError(video)
 
 
-def test_a_video_that_is_deleted_ends_its_viewers(app: FastAPI) -> None:
-    service = next(r for r in app.routes if r.path == "/v1/videos").endpoint.__self__._service  # type: ignore[attr-defined]
-
-    async def run() -> None:
-        body = {"prompt": "p", "num_frames": 99}
-        transport = httpx2.ASGITransport(app=app)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://testserver") as client:
-            video_id = (await client.post(URL, json=body)).json()["id"]
-            events = service.watch(service.get(video_id))
-            seen = []
-            async for event in events:
-                seen.append(event)
-                if isinstance(event, JobSegment) and event.index == 0:
-                    await client.delete(f"/v1/videos/{video_id}")
-            assert isinstance(seen[-1], JobEnded)
-            assert seen[-1].error is not None
-            assert seen[-1].error.code == "video_not_found"
-            assert sum(isinstance(event, JobSegment) for event in seen) == 1
-
-    asyncio.run(run())
+def test_a_video_that_is_deleted_ends_its_viewers(server: str) -> None:
+    with httpx2.Client(base_url=server) as client:
+        video_id = client.post("/v1/videos", json={"prompt": "slow", "num_frames": 990}).json()["id"]
+        with client.stream("GET", f"/v1/videos/{video_id}/events") as answer:
+            pieces = answer.iter_text()
+            text = next(pieces)
+            client.delete(f"/v1/videos/{video_id}")
+            text += "".join(pieces)
+        assert events_of(text)[-1][1:] == ("error", {"error": events_of(text)[-1][2]["error"]})
+        assert events_of(text)[-1][2]["error"]["code"] == "video_not_found"
+        assert client.get(f"/v1/videos/{video_id}").status_code == 404
 
 
 def test_segments_come_before_the_end(server: str) -> None:
@@ -288,7 +278,7 @@ def test_the_sdk_lists_polls_and_deletes(server: str) -> None:
 
 
 def test_many_viewers_of_one_job_see_the_same(app: FastAPI) -> None:
-    with TestClient(app) as client:
+    with client_of(app) as client:
         video_id = create(client, "slow", num_frames=99, steps=[1, 1, 1])["id"]
         seen: list[bytes] = []
         threads = [
@@ -313,14 +303,3 @@ def test_the_codec_is_read_from_the_init_segment(codec: Any, name: str) -> None:
     assert found.startswith(name)
     assert mime_type_of(init) == f'video/mp4; codecs="{found}"'
     assert mime_type_of(b"none") == "video/mp4"
-
-
-def test_left_over_segments_of_an_earlier_process_are_removed(tmp_path: Any, engine: Any) -> None:
-    from tests.api.conftest import make_app
-
-    folder = tmp_path / "videos" / "video_OLD"
-    folder.mkdir(parents=True)
-    (folder / "0.m4s").write_bytes(b"x")
-    make_app(engine, tmp_path)
-    assert not folder.exists()
-    asyncio.run(asyncio.sleep(0))

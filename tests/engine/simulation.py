@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -17,11 +18,14 @@ from random import Random
 from helios_serve.config import EngineConfig
 from helios_serve.engine.engine import Engine
 from helios_serve.engine.recorder import Recorder
+from helios_serve.engine.request_run import RequestRun
 from helios_serve.engine.step_cost import CostModel, DevicePrior, ModelShape
 from helios_serve.telemetry import Metrics
 from helios_serve.types import (
     Aborted,
     Beat,
+    ChunkReady,
+    ChunkRecord,
     ChunkTask,
     Completed,
     Decoded,
@@ -38,6 +42,7 @@ from helios_serve.types import (
     Phase,
     Progress,
     PromptChange,
+    Resume,
     Role,
     RoleTask,
     SamplingParams,
@@ -118,6 +123,7 @@ class Machine:
             f"{role}-{i}": Group(name=f"{role}-{i}", role=role) for role in counts for i in range(counts[role])
         }
         self.values: dict[str, str] = {}
+        self._put_numbers = itertools.count()
         self.verdict: Verdict = lambda _: None
         self.restart_s = 3.0
         self.step_s = 0.3
@@ -162,6 +168,12 @@ class Machine:
         for ref in refs:
             assert ref.key in self.values, f"{ref.key} dropped twice"
             del self.values[ref.key]
+
+    def read(self, ref: TensorRef) -> bytes:
+        return self.values[ref.key].encode()
+
+    def put(self, name: str, record: bytes) -> TensorRef:
+        return self._put(f"{name}#{next(self._put_numbers)}", record.decode())
 
     def close(self, drain_s: float) -> None:
         for group in self.groups.values():
@@ -331,7 +343,7 @@ class Machine:
 
 def _refs(task: RoleTask) -> list[TensorRef]:
     if isinstance(task, EncodeTask):
-        return []
+        return [] if task.conditioning is None else [task.conditioning]
     if isinstance(task, DecodeTask):
         return [task.latents]
     return [task.conditioning, *task.trail, *(ref for ref in (task.first, task.parked) if ref is not None)]
@@ -358,14 +370,85 @@ class World:
         self.first_step_at: dict[str, float] = {}
         self.max_tokens: int | None = None
         self.metrics = Metrics("simulated")
-        self.machine = Machine(self, {"encoder": num_encoders, "dit": num_dits, "vae": num_vaes})
-        self.model = CostModel(ModelShape(), replace(DevicePrior(), floor_s=0.05))
-        self.engine = Engine(self.machine, self.model, config or EngineConfig(), self._publish, Recorder(self.metrics))
+        self.kept: dict[str, list[ChunkRecord]] = {}
+        """Of requests with a keeper: the records of the chunks that are committed, latents by their value."""
+        self._unkept: defaultdict[str, deque[Event]] = defaultdict(deque)
+        self._counts: dict[Role, int] = {"encoder": num_encoders, "dit": num_dits, "vae": num_vaes}
+        self._config = config or EngineConfig()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
+        self._num_starts = 0
+        self.committing_at = 0.0
         self._turn_is_due = False
+        self._start()
+
+    def _start(self) -> None:
+        self._num_starts += 1
+        self.machine = Machine(self, self._counts)
+        self.model = CostModel(ModelShape(), replace(DevicePrior(), floor_s=0.05))
+        self.engine = Engine(self.machine, self.model, self._config, self._publish, Recorder(self.metrics))
         self.machine.start(self._emit)
         self._tick()
+
+    def crash(self) -> None:
+        """The process of engine and executor ends at once; a new one goes on with what was committed."""
+        self._events.clear()
+        self._unkept.clear()
+        self._turn_is_due = False
+        self._start()
+        self.run_for(0.01)
+        for request_id in self.kept:
+            if self.end(request_id) is None and request_id not in self.cancelled:
+                request = self.requests[request_id]
+                self.engine.take(request, self.now, resume=self._resume_point(request), has_keeper=True)
+
+    def _resume_point(self, request: VideoRequest) -> Resume:
+        kept = self.kept[request.request_id]
+        following, shown = len(kept), {segment.chunk for segment in self.segments(request.request_id)}
+        undecoded = tuple(chunk for chunk in range(following) if chunk not in shown)
+        needed = {request.pinned_chunk(following), *undecoded, *range(max(0, following - 3), following)} - {None}
+        return Resume(
+            next_chunk=following,
+            records=tuple(
+                replace(
+                    kept[chunk],
+                    latents=self.machine.put(f"{request.request_id}/{chunk}", kept[chunk].latents.key.encode()),
+                )
+                for chunk in sorted(chunk for chunk in needed if chunk is not None and chunk < following)
+            ),
+            generator_state=kept[-1].generator_state if kept else b"",
+            undecoded=undecoded,
+        )
+
+    def keep(self, request: VideoRequest, *, allowed: int | None = None) -> VideoRequest:
+        """Submits a request whose chunks are committed, each a moment after it was made."""
+        self.requests[request.request_id] = request
+        self.seen[request.request_id], self.times[request.request_id], self.kept[request.request_id] = [], [], []
+        self.engine.check(request, self.now)
+        self.engine.take(request, self.now, has_keeper=True, allowed=allowed)
+        return request
+
+    def _keep_next(self, request_id: str, num_starts: int) -> None:
+        """The keeper takes the next event of a request: one after the other, each when the last is durable."""
+        waiting = self._unkept[request_id]
+        if num_starts != self._num_starts or not waiting or request_id in self.cancelled:
+            return
+        event = waiting.popleft()
+        if isinstance(event, ChunkReady):
+            kept = self.kept[request_id]
+            assert event.record.chunk == len(kept), "commits are in order"
+            value = self.machine.read(event.record.latents).decode()
+            kept.append(replace(event.record, latents=TensorRef(key=value)))
+        self._see(request_id, event)
+        if isinstance(event, ChunkReady):
+            self.engine.committed(request_id, event.record.chunk, self.now)
+        if waiting:
+            self._keep_later(request_id)
+
+    def _keep_later(self, request_id: str) -> None:
+        starts, slow_s = self._num_starts, isinstance(self._unkept[request_id][0], ChunkReady) * 0.6
+        delay = max(self.random.uniform(0.0, slow_s), self.committing_at - self.now)
+        self.at(delay, lambda: self._keep_next(request_id, starts))
 
     def jitter(self) -> float:
         return self.random.uniform(0.8, 1.2)
@@ -386,13 +469,20 @@ class World:
             raise
         return request
 
+    def runs(self) -> list[RequestRun]:
+        """The engine's own view of its requests."""
+        return list(self.engine._runs.values())
+
     def cancel(self, request_id: str) -> None:
         self.cancelled.add(request_id)
         self.engine.cancel(request_id, self.now)
 
+    def _is_at_rest(self) -> bool:
+        return self.engine.num_requests == 0 and not any(self._unkept.values())
+
     def run(self, until: Callable[[], bool] | None = None, limit_s: float = 3600.0) -> None:
         """Plays events until `until`, by default until no request is left."""
-        done = until if until is not None else (lambda: self.engine.num_requests == 0)
+        done = until if until is not None else self._is_at_rest
         end = self.now + limit_s
         while not done():
             assert self._events, "nothing will ever happen again"
@@ -434,6 +524,14 @@ class World:
 
     def _publish(self, request_id: str, event: Event) -> None:
         assert request_id not in self.cancelled, f"{request_id} was cancelled"
+        if request_id in self.kept:
+            self._unkept[request_id].append(event)
+            if len(self._unkept[request_id]) == 1:
+                self._keep_later(request_id)
+        else:
+            self._see(request_id, event)
+
+    def _see(self, request_id: str, event: Event) -> None:
         self.seen[request_id].append(event)
         self.times[request_id].append(self.now)
         if isinstance(event, Progress):

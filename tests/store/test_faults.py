@@ -18,7 +18,8 @@ from helios_serve.faults import Fault, FaultPlan
 from helios_serve.store.connect import DATABASE_FILE, StoreConfig, open_stores
 from helios_serve.store.errors import BlobMissingError, StorageFullError, StorageUnavailableError
 from helios_serve.store.records import LatentsCommit
-from tests.store.conftest import OpenStores, restart
+from tests.postgres import restart
+from tests.store.conftest import OpenStores
 from tests.store.helpers import both, latents, latents_of, media_of, new_job, running, segment
 
 

@@ -4,6 +4,7 @@ import { access, ApiError, clearKey, hasKey, listModels, setKey } from "./api.js
 import { Composer } from "./composer.js";
 import { byId, setIcon } from "./dom.js";
 import { Gallery } from "./gallery.js";
+import { takeKept } from "./kept.js";
 import { Live } from "./live.js";
 
 let model = null;
@@ -54,6 +55,8 @@ async function start() {
     byId("model-name").textContent = model.id;
     byId("access").hidden = true;
     composer.offer(model);
+    const kept = takeKept();
+    if (kept !== null) live.resume(kept);
     await gallery.refresh();
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;

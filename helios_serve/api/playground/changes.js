@@ -18,6 +18,11 @@ export class PromptChanges {
     this.#changes.clear();
   }
 
+  /** [[event id, prompt]] of those that were not refused. */
+  get list() {
+    return [...this.#changes].filter(([, { state }]) => state !== "refused").map(([id, { text }]) => [id, text]);
+  }
+
   sent(id, text) {
     const change = { number: this.#changes.size + 2, text, state: "sending" }; // 1 is the prompt of the start
     this.#changes.set(id, change);

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { PromptChanges } from "./changes.js";
 import { byId, plural } from "./dom.js";
 import { JobWatch } from "./job.js";
+import { keep } from "./kept.js";
 import { mimeOf, startsWithInit } from "./mp4.js";
 import { canPlaySegments, Player } from "./player.js";
 import { GenerationRate } from "./rate.js";
@@ -35,6 +36,9 @@ export class Live {
   #changes;
   #replayUrl = null; // where the finished file is, once a progressive stream has ended
   #isSeekable = false;
+  #startAt = 0; // seconds
+  #isWaiting = false; // the server begins no further chunk on our credit
+  #chunk = 0; // in the works
   #drawnAt = 0;
 
   /** `on`: jobsChanged(), refused(error) for what the form should show, busy(isActive). */
@@ -50,6 +54,7 @@ export class Live {
     this.#transport = new Transport(this.#video, () => this.#replay());
     byId("pause").addEventListener("click", () => this.#togglePause());
     byId("stop").addEventListener("click", () => this.#stop());
+    addEventListener("pagehide", () => this.#keep());
     setInterval(() => this.#measure(), 250);
   }
 
@@ -70,6 +75,17 @@ export class Live {
     } else {
       await this.#createJob(() => api.createVideo({ ...request, partial_videos: 0 }));
     }
+  }
+
+  /** Goes on with what `#keep` kept before the page was loaded again. */
+  async resume({ id, plan, changes, position }) {
+    this.#begin(plan);
+    for (const [eventId, text] of changes) this.#changes.sent(eventId, text);
+    this.#startAt = position;
+    this.#state("connecting", "Connecting");
+    const failed = (error) => (this.#segments.length > 0 ? this.#failed(error) : this.close()); // it is gone
+    this.#session = new Session(null, { ...this.#sessionEvents(null), failed }, id);
+    await this.#session.open();
   }
 
   /** Plays a job of the gallery, finished or running. */
@@ -109,6 +125,9 @@ export class Live {
     this.#changes.begin(plan);
     this.#replayUrl = null;
     this.#isSeekable = false;
+    this.#startAt = 0;
+    this.#isWaiting = false;
+    this.#chunk = 0;
     this.#player.close();
     this.#player.rate = 1;
     this.#stage.begin(plan);
@@ -121,6 +140,11 @@ export class Live {
     this.#watch?.close();
     this.#session = null;
     this.#watch = null;
+  }
+
+  #keep() {
+    if (this.#session?.id == null || !this.isActive) return;
+    keep({ id: this.#session.id, plan: this.#plan, changes: this.#changes.list, position: this.#video.currentTime });
   }
 
   #state(state, text) {
@@ -179,14 +203,23 @@ export class Live {
     this.#rate.segment(performance.now(), numFrames);
     this.#timeline.setMade(chunk, 1);
     if (this.#stage.state === "queued") this.#state("generating");
+    if (this.#stage.state === "generating" && this.#isAhead) this.#stage.progress("Ahead of playback, waiting");
     this.#giveCredit();
+  }
+
+  /** All that our credit allows has arrived, and more is to come. */
+  get #isAhead() {
+    const last = this.#segments.at(-1);
+    if (!this.#isWaiting || last === undefined || last.index < this.#chunk) return false;
+    const { numFrames, fps } = this.#plan;
+    return numFrames === null || last.endSeconds < numFrames / fps;
   }
 
   #openSegments(bytes) {
     const mime = this.#mime ?? (startsWithInit(bytes) ? mimeOf(bytes) : null);
     const { numFrames, fps } = this.#plan;
     if (mime !== null && canPlaySegments(mime)) {
-      this.#player.openSegments(mime, numFrames === null ? null : numFrames / fps);
+      this.#player.openSegments(mime, numFrames === null ? null : numFrames / fps, this.#startAt);
       this.#isSeekable = true;
     } else {
       this.#failed(new api.ApiError({ message: `This browser cannot play ${mime ?? "these segments"}.` }));
@@ -195,6 +228,7 @@ export class Live {
 
   #sessionState({ state, queue_position: position, recommended_playback_rate: rate }) {
     this.#playbackRate(rate);
+    this.#isWaiting = state === "waiting_for_credit";
     if (state === "queued") this.#state("queued", position > 0 ? `In the queue, position ${position}` : "In the queue");
     else if (state === "paused") this.#state("paused", "Paused. The server ends a paused session after a minute.");
     else if (state === "generating" && this.#stage.state === "paused") this.#state("generating", "Going on");
@@ -304,7 +338,8 @@ export class Live {
   #progress(message) {
     this.#playbackRate(message.recommended_playback_rate);
     if (this.#stage.state === "queued") this.#state("generating");
-    if (this.#stage.state === "generating") this.#stage.progressOf(message, this.#plan.numStages);
+    this.#chunk = message.chunk;
+    if (this.#stage.state === "generating" && !this.#isAhead) this.#stage.progressOf(message, this.#plan.numStages);
     if (message.stage === undefined || message.stage === null) return;
     const made = (message.stage + message.step / message.num_steps) / this.#plan.numStages;
     this.#timeline.setMade(message.chunk, Math.min(0.96, made)); // whole only when its bytes are here

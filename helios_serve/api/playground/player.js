@@ -28,8 +28,8 @@ export class Player {
     });
   }
 
-  /** Begins a video of segments; `duration` in seconds, null when it is open-ended. */
-  openSegments(mime, duration) {
+  /** Begins a video of segments, at `startAt`; both in seconds, `duration` is null when it is open-ended. */
+  openSegments(mime, duration, startAt = 0) {
     this.#reset();
     const source = new Source();
     this.#source = source;
@@ -41,7 +41,11 @@ export class Player {
       if (this.#source !== source) return;
       this.#buffer = source.addSourceBuffer(mime);
       this.#buffer.addEventListener("updateend", () => this.#pump());
-      if (duration !== null) source.duration = duration;
+      source.duration = duration ?? Infinity;
+      if (startAt > 0) {
+        if (duration === null) source.setLiveSeekableRange(0, startAt); // its segments are still to come
+        this.#video.currentTime = startAt;
+      }
       this.#pump();
     }, { once: true });
     this.#start();

@@ -15,7 +15,7 @@ let numEvents = 0;
  * unavailable(): no session could be opened, no job exists.
  */
 export class Session {
-  id = null;
+  id;
   #request;
   #on;
   #socket = null;
@@ -24,12 +24,15 @@ export class Session {
   #acked = -1;
   #pending = new Map(); // event id -> interaction without a receipt
   #isOver = false;
+  #hasStarted = false;
   #lostAt = null;
   #attempt = 0;
   #heardAt = 0;
   #pingTimer = null;
 
-  constructor(request, on) {
+  /** `id` of a session to go on with from its first segment; null: a new one, that `request` describes. */
+  constructor(request, on, id = null) {
+    this.id = id;
     this.#request = request;
     this.#on = on;
   }
@@ -139,7 +142,8 @@ export class Session {
   }
 
   #started(message) {
-    const isResumed = this.id !== null;
+    const isResumed = this.#hasStarted;
+    this.#hasStarted = true;
     this.id = message.request_id;
     this.#lostAt = null;
     this.#attempt = 0;

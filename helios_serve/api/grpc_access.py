@@ -1,0 +1,80 @@
+"""Who calls over gRPC, and what the metadata of a call says. Translates to `auth` and `limits`, and decides nothing."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from helios_serve.api.auth import Authenticator, Caller, grpc_peer_host, require
+from helios_serve.api.keys import Scope
+from helios_serve.api.limits import Limiter
+from helios_serve.errors import InvalidRequestError
+
+MAX_KEY_CHARS = 255
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallHeaders:
+    """What a call's metadata says. request_id: the caller's, or a new one. traceparent: None unless it is one of W3C's
+    trace context."""
+
+    request_id: str
+    authorization: str | None
+    idempotency_key: str | None
+    traceparent: str | None
+
+    def checked_key(self) -> str | None:
+        """The idempotency key. Raises InvalidRequestError for one of no or too many characters."""
+        key = self.idempotency_key
+        if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
+            message = f"idempotency-key: must have 1 to {MAX_KEY_CHARS} characters"
+            raise InvalidRequestError(message, param="idempotency-key")
+        return key
+
+
+def read_headers(metadata: Iterable[tuple[str, str | bytes]]) -> CallHeaders:
+    """The first value of each name counts."""
+    found: dict[str, str] = {}
+    for name, value in metadata:
+        if isinstance(value, str):
+            found.setdefault(name, value)
+    traceparent = found.get("traceparent", "")
+    return CallHeaders(
+        request_id=_request_id(found.get("x-request-id")),
+        authorization=found.get("authorization"),
+        idempotency_key=found.get("idempotency-key"),
+        traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else None,
+    )
+
+
+class GrpcAccess:
+    """One for each process. `now`: seconds of the Unix clock."""
+
+    def __init__(self, authenticator: Authenticator, limiter: Limiter, *, now: Callable[[], float] = time.time) -> None:
+        self._authenticator = authenticator
+        self._limiter = limiter
+        self._now = now
+
+    async def caller(self, headers: CallHeaders, peer: str, scope: Scope) -> Caller:
+        """The caller by the metadata `authorization`; counts one request of its tenant.
+
+        Args:
+            peer: as gRPC writes it, `ipv4:1.2.3.4:5`.
+
+        Raises: AuthenticationError, ScopeError, ThrottledError, RateLimitError.
+        """
+        caller = await self._authenticator.authenticate(headers.authorization, grpc_peer_host(peer), self._now())
+        require(caller, scope)
+        self._limiter.admit_request(caller)
+        return caller
+
+
+def _request_id(given: str | None) -> str:
+    """The caller's id if it is 1 to 128 printable ASCII characters, else a new one."""
+    if given is not None and 1 <= len(given) <= 128 and given.isascii() and given.isprintable():
+        return given
+    return f"req_{uuid.uuid4().hex}"

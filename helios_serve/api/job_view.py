@@ -1,0 +1,203 @@
+"""Makes what callers see of jobs from rows of the store and from what this process knows of those that it runs. Reads
+only."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from helios_serve.api.job_runner import JobRunner
+from helios_serve.api.job_spec import JobSpec, read_spec, with_controls
+from helios_serve.api.jobs import Job, JobProgress, JobSegment, State, Timing
+from helios_serve.api.live_job import LiveJob, stats_of
+from helios_serve.api.mime import mime_type_of
+from helios_serve.errors import CapacityError, ConflictError, GenerationError, HeliosError
+from helios_serve.store import records
+from helios_serve.store.connect import Stores
+from helios_serve.store.errors import BlobMissingError, DataLossError
+from helios_serve.types import FRAMES_PER_CHUNK, VideoRequest
+
+NUM_KEPT_INITS = 256
+_STATES: dict[records.State, State] = {
+    "queued": "queued",
+    "running": "in_progress",
+    "paused": "in_progress",
+    "finished": "completed",
+    "failed": "failed",
+    "cancelled": "cancelled",
+}
+
+
+class JobViews:
+    """One for each service."""
+
+    def __init__(self, stores: Stores, runner: JobRunner) -> None:
+        self._stores = stores
+        self._runner = runner
+        self._inits: OrderedDict[str, bytes] = OrderedDict()
+
+    async def get(self, tenant: str, job_id: str) -> Job:
+        """Raises NotFoundError."""
+        return await self._view(await self._stores.chunks.standing(tenant, job_id))
+
+    async def of(self, row: records.Job) -> Job:
+        return (await self.of_all([row]))[0]
+
+    async def of_all(self, rows: Sequence[records.Job]) -> list[Job]:
+        return [await self._view(standing) for standing in await self._stores.chunks.standings(rows)]
+
+    async def progress(self, tenant: str, job_id: str) -> JobProgress:
+        """Where a job stands. Raises NotFoundError."""
+        job = await self.get(tenant, job_id)
+        live = self._runner.live(job_id)
+        if live is None:
+            return JobProgress(job=job, cursor=None, phase="queued" if job.state == "queued" else "denoise")
+        return JobProgress(job=job, cursor=live.cursor, phase=live.phase)
+
+    async def segment(self, row: records.Job, chunk: records.Chunk) -> JobSegment:
+        """A published segment.
+
+        Raises: DataLossError when its bytes are damaged.
+        """
+        assert chunk.seg_blob is not None
+        spec = read_spec(row)
+        request = await self._request(row, spec)
+        stats = stats_of(chunk.vae_stats)
+        try:
+            media = await self._stores.blobs.get(chunk.seg_blob)
+            init = await self._init(row)
+        except BlobMissingError as error:
+            await self._stores.leases.lose_data(row.id, f"video {row.id}: segment {chunk.idx} is damaged")
+            raise DataLossError(f"video {row.id}: segment {chunk.idx} is damaged") from error
+        return JobSegment(
+            index=chunk.idx,
+            init=init,
+            media=media,
+            start_frame=FRAMES_PER_CHUNK * chunk.idx,
+            num_frames=chunk.seg_frames,
+            fps=request.params.fps,
+            prompt=request.prompt_at(chunk.idx),
+            prompt_weight=request.prompt_weight(chunk.idx),
+            is_last=chunk.idx + 1 == row.num_chunks,
+            generated_ms=round(stats.generated_ms or 0),
+        )
+
+    async def _request(self, row: records.Job, spec: JobSpec) -> VideoRequest:
+        live = self._runner.live(row.id)
+        if live is not None:
+            return live.request
+        request = spec.request(row)
+        if not row.is_interactive:
+            return request
+        controls = await self._stores.chunks.controls(row.id)
+        return replace(request, prompts=tuple(with_controls(request.prompts, controls, row.next_chunk)))
+
+    async def _init(self, row: records.Job) -> bytes:
+        assert row.init_blob is not None
+        init = self._inits.get(row.init_blob)
+        if init is None:
+            init = await self._stores.blobs.get(row.init_blob)
+            self._inits[row.init_blob] = init
+            if len(self._inits) > NUM_KEPT_INITS:
+                self._inits.popitem(last=False)
+        return init
+
+    async def _view(self, standing: records.Standing) -> Job:
+        row, live = standing.job, self._runner.live(standing.job.id)
+        spec = read_spec(row)
+        request = spec.request(row)
+        state: State = "expired" if row.is_expired and row.state == "finished" else _STATES[row.state]
+        num_chunks = request.params.num_chunks if row.num_chunks is None else row.num_chunks
+        return Job(
+            id=row.id,
+            model=spec.model,
+            state=state,
+            request=request,
+            warnings=spec.warnings,
+            user=spec.user,
+            metadata=spec.metadata,
+            with_segments=spec.with_segments,
+            created_at=row.created_at,
+            started_at=row.started_at,
+            completed_at=row.ended_at,
+            expires_at=row.expires_at,
+            chunks_done=standing.num_published,
+            progress=_progress(state, standing, num_chunks, live),
+            queue_position=self._queue_position(live) if state == "queued" else None,
+            eta_s=None if live is None or state != "in_progress" else live.eta_s(time.monotonic()),
+            timing=_timing(standing, live),
+            error=_error_of(row),
+            is_open_ended=row.num_chunks is None,
+            num_chunks=num_chunks,
+            num_frames=min(request.params.num_output_frames, FRAMES_PER_CHUNK * num_chunks),
+            remixed_from=spec.remixed_from,
+            extended_from=spec.extended_from,
+            mime_type=None if row.init_blob is None or row.is_expired else mime_type_of(await self._init(row)),
+        )
+
+    def _queue_position(self, live: LiveJob | None) -> int | None:
+        """Jobs of this process that came before and wait too: 0 is next."""
+        if live is None:
+            return None
+        return sum(not other.has_started and other.seq < live.seq for other in self._runner.jobs)
+
+
+def _progress(state: State, standing: records.Standing, num_chunks: int, live: LiveJob | None) -> int:
+    """Percent of the steps that are done; 100 only when the video can be read."""
+    if state in ("completed", "expired"):
+        return 100
+    share = standing.job.next_chunk / max(1, num_chunks)
+    if live is not None and live.total_steps > 0:
+        done = live.first_chunk / max(1, num_chunks)
+        share = max(share, done + (1 - done) * live.steps_done / live.total_steps)
+    return min(99, int(100 * share))
+
+
+def _timing(standing: records.Standing, live: LiveJob | None) -> Timing:
+    row, last = standing.job, standing.last
+    stats = live.stats if live is not None else stats_of(None if last is None else last.vae_stats)
+    return Timing(
+        queue_ms=None if row.started_at is None else round(1000 * max(0.0, row.started_at - row.created_at)),
+        encode_ms=_whole(stats.encode_ms),
+        first_segment_ms=None if stats.first_segment_ms is None else round(stats.first_segment_ms),
+        denoise_ms=_whole(stats.denoise_ms),
+        decode_ms=_whole(stats.decode_ms),
+        mux_ms=_whole(stats.mux_ms),
+        total_ms=None if row.ended_at is None else round(1000 * max(0.0, row.ended_at - row.created_at)),
+        device_ms=stats.device_ms,
+    )
+
+
+def _whole(milliseconds: float) -> int | None:
+    return round(milliseconds) if milliseconds > 0 else None
+
+
+def _error_of(row: records.Job) -> HeliosError | None:
+    if row.error_code is None:
+        return None
+    message, code = row.error or "", row.error_code
+    if code == "internal_error":
+        return HeliosError(message)
+    if code == "cancelled":
+        return ConflictError(message, code=code)
+    if code in ("worker_lost", "storage_unavailable"):
+        return CapacityError(message, code=code)
+    if code in ("queue_timeout", "generation_timeout"):
+        return _TimedOutError(message, code=code)
+    if code in ("invalid_value", "media_invalid", "conflicting_parameters"):
+        return _RefusedError(message, code=code)
+    return GenerationError(message, code=code)
+
+
+class _TimedOutError(HeliosError):
+    """The job waited or ran too long (HTTP 504)."""
+
+    status, grpc_status, retryable = 504, "DEADLINE_EXCEEDED", False
+
+
+class _RefusedError(HeliosError):
+    """What was asked for turned out to be impossible (HTTP 400)."""
+
+    status, grpc_status, retryable = 400, "INVALID_ARGUMENT", False

@@ -1,0 +1,105 @@
+"""What this process knows of a job that it runs, beyond the store: steps, times, who has to be woken. Mutable; its one
+owner is the job's runner. Knows no engine and no store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from helios_serve.api.job_spec import JobSpec
+from helios_serve.api.jobs import JobPhase
+from helios_serve.store.records import Lease
+from helios_serve.types import PlayState, PromptChange, StepCursor, VideoRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppliedPrompt:
+    """A session's new prompt: the control that asked for it and the chunk that begins to use it."""
+
+    seq: int
+    event_id: str
+    change: PromptChange
+
+
+@dataclass(slots=True, kw_only=True)
+class JobStats:
+    """Sums over a job's chunks, kept with each of them: milliseconds."""
+
+    device_ms: float = 0.0
+    encode_ms: float = 0.0
+    denoise_ms: float = 0.0
+    decode_ms: float = 0.0
+    mux_ms: float = 0.0
+    first_segment_ms: float | None = None
+    generated_ms: float | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def stats_of(row: Mapping[str, Any] | None) -> JobStats:
+    """The sums that a chunk's row holds; zeros without one."""
+    return JobStats() if row is None else JobStats(**row)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class LiveJob:
+    """One job that this process runs."""
+
+    lease: Lease
+    spec: JobSpec
+    request: VideoRequest
+    created_at: float
+    seq: int
+    """Counts the jobs of this process: the order of arrival."""
+    stats: JobStats = field(default_factory=JobStats)
+    has_started: bool = False
+    is_waiting: bool = True
+    """For its turn among the jobs of its tenant, before the engine is asked."""
+    phase: JobPhase = "queued"
+    first_chunk: int = 0
+    steps_done: int = 0
+    cursor: StepCursor | None = None
+    num_published: int = 0
+    has_ended: bool = False
+    allowed: int | None = None
+    """Chunks that a session's viewer has given credit for; None before the first word of one."""
+    play_state: PlayState = "running"
+    applied: list[AppliedPrompt] = field(default_factory=list)
+    started_mono_s: float | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of this run, which may have begun at a later chunk."""
+        params = self.request.params
+        return sum(sum(params.steps_in(chunk)) for chunk in range(self.first_chunk, params.num_chunks))
+
+    def eta_s(self, now: float) -> float | None:
+        """Seconds until the end at the pace so far; None before the first step and for sessions without an end."""
+        if self.started_mono_s is None or self.steps_done == 0 or self.request.is_open_ended:
+            return None
+        left = max(0, self.total_steps - self.steps_done)
+        return (now - self.started_mono_s) * left / self.steps_done
+
+    def control_at(self, chunk: int) -> int:
+        """The last control that is in force when `chunk` is made; 0 for none."""
+        return max((prompt.seq for prompt in self.applied if prompt.change.chunk <= chunk), default=0)
+
+    def changed(self) -> None:
+        """Wakes whoever watches the job."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_change(self) -> None:
+        await self._changed.wait()
