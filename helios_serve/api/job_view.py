@@ -182,7 +182,7 @@ def _error_of(row: records.Job) -> HeliosError | None:
         return HeliosError(message)
     if code == "cancelled":
         return ConflictError(message, code=code)
-    if code in ("worker_lost", "storage_unavailable"):
+    if code in ("worker_lost", "no_worker", "storage_unavailable", "storage_full"):
         return CapacityError(message, code=code)
     if code in ("queue_timeout", "generation_timeout"):
         return _TimedOutError(message, code=code)

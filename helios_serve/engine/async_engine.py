@@ -192,19 +192,25 @@ class AsyncEngine:
 
         Raises: ConflictError when no chunk is left to be begun.
         """
-        return self._engine.change_prompt(request_id, prompt, transition_chunks, time.monotonic())
+        result = self._engine.change_prompt(request_id, prompt, transition_chunks, time.monotonic())
+        self._plan_wake()
+        return result
 
     def allow(self, request_id: str, num_chunks: int) -> None:
         """Lets a request start its first `num_chunks` chunks."""
         self._engine.allow(request_id, num_chunks, time.monotonic())
+        self._plan_wake()
 
     def pause(self, request_id: str, is_paused: bool) -> None:
         """Keeps a request from starting chunks, or lets it go on."""
         self._engine.pause(request_id, is_paused, time.monotonic())
+        self._plan_wake()
 
     def stop(self, request_id: str) -> int:
         """Ends a request after the chunk in flight; returns the number of chunks that it will have."""
-        return self._engine.stop(request_id, time.monotonic())
+        result = self._engine.stop(request_id, time.monotonic())
+        self._plan_wake()
+        return result
 
     def _publish(self, request_id: str, event: Event) -> None:
         queue = self._queues.get(request_id)

@@ -415,17 +415,18 @@ class Engine:
         run.hold("store", run.num_uncommitted >= MAX_UNCOMMITTED_CHUNKS)
 
     def _play(self, run: RequestRun, now: float) -> None:
-        """Keeps a session within its viewer's credit; while it stands still its deadlines move with the clock."""
-        run.hold("credit", run.allowed is not None and run.state.next_chunk >= run.allowed)
+        """Keeps a session within its viewer's credit; while it is paused its deadlines move with the clock."""
+        needs_credit = run.allowed is not None and run.state.next_chunk >= run.allowed
+        run.hold("credit", needs_credit and not run.state.has_ended)
         before = run.play_state
         if run.is_held_by("pause"):
             run.play_state = "paused"
         else:
             run.play_state = "waiting_for_credit" if run.is_held_by("credit") else "running"
-        if run.play_state == "running":
-            run.state.resume(now)
-        else:
+        if run.play_state == "paused":
             run.state.pause(now)
+        else:  # who has not acknowledged yet still plays what it has
+            run.state.resume(now)
         if run.play_state != before:
             self._publish(run.request_id, PlayChanged(request_id=run.request_id, state=run.play_state))
 

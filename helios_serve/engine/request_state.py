@@ -207,7 +207,7 @@ class RequestState:
         self._set_deadline()
 
     def pause(self, now: float) -> None:
-        """The player stands still, or has too many segments it did not acknowledge: deadlines move with the clock."""
+        """The player stands still: deadlines move with the clock."""
         if self.paused_at is None:
             self.paused_at = now
 

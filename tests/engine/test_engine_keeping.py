@@ -126,6 +126,23 @@ def test_credit_limits_how_far_a_session_runs_ahead() -> None:
     world.check_history()
 
 
+def test_a_viewer_that_acknowledges_in_time_is_not_kept_waiting() -> None:
+    """Credit for one more chunk with each period that was played: every chunk starts as soon as it is allowed."""
+    world = ready(World())
+    request = world.keep(replace(live("one", num_chunks=12), is_interactive=True), allowed=2)
+    world.run(lambda: len(world.segments("one")) == 2)
+    for allowed in range(3, 12):
+        world.run_for(33 / request.params.fps)
+        world.engine.allow("one", allowed, world.now)
+        (run,) = world.runs()
+        assert run.state.group_id is not None, f"chunk {allowed - 1} waits though it is allowed"
+    world.engine.allow("one", 12, world.now)
+    world.run()
+    world.check_history()
+    states = [event.state for event in world.seen["one"] if isinstance(event, PlayChanged)]
+    assert states[-1] == "running", "after the last chunk nothing waits for credit"
+
+
 def test_pause_and_resume() -> None:
     world = ready(World())
     world.keep(replace(video("one", num_chunks=6), is_interactive=True))
