@@ -64,11 +64,11 @@ def strict_json(raw: bytes) -> object:
 
 def wants_mp4(request: Request) -> bool:
     """Whether the Accept header prefers MP4; JSON wins a tie."""
-    weights = accept_weights(request, "application/json", "video/mp4")
+    weights = accept_weights(request, "application/json", "text/event-stream", "video/mp4")
     if not any(quality > 0 for quality, _ in weights.values()):
         accept = request.headers["accept"]
         raise NotAcceptableError(f"accept {shown(accept)}: only application/json and video/mp4", param="accept")
-    return weights["video/mp4"] > weights["application/json"]
+    return weights["video/mp4"] > max(weights["application/json"], weights["text/event-stream"])
 
 
 def accept_weights(request: Request, *kinds: str) -> dict[str, tuple[float, bool]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from helios_serve import cli, server
 from helios_serve.faults import FaultPlan
 from helios_serve.store.connect import StoreConfig, Stores, open_stores
-from tests.faults.server_process import START_S, Server
+from tests.faults.server_process import START_S, Server, plain_environment
 
 SWITCH = "faults.json"
 """In the data directory: {"points": {point: errno}, "where": {fact: value}}; without it nothing fails."""
@@ -50,7 +50,7 @@ class FaultyServer(Server):
         log = (self.data_dir / "server.log").open("ab")
         options = ("--data-dir", str(self.data_dir), "--port", str(self.port), "--warmup", "none", *self.options)
         command = [sys.executable, "-m", "tests.faults.faulty_server", "serve", str(self.model), *options]
-        self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=plain_environment())
         log.close()
         deadline = time.monotonic() + START_S
         while self.call("GET", "/ready") is None:

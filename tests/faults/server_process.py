@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 START_S = 60.0
+
+
+def plain_environment() -> dict[str, str]:
+    """Without what the tests are told by variables: the server refuses settings that it does not know."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("HELIOS_")}
 
 
 @dataclass
@@ -28,7 +34,10 @@ class Server:
         options = ("--data-dir", str(self.data_dir), "--port", str(self.port), "--warmup", "none", *self.options)
         log = (self.data_dir / "server.log").open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "helios_serve.cli", "serve", str(self.model), *options], stdout=log, stderr=log
+            [sys.executable, "-m", "helios_serve.cli", "serve", str(self.model), *options],
+            stdout=log,
+            stderr=log,
+            env=plain_environment(),
         )
         log.close()
         deadline = time.monotonic() + START_S
