@@ -25,10 +25,10 @@ serve: $(READY) ## Serve the embedded tiny checkpoint on 127.0.0.1:8000; ARGS="D
 	$(BIN)/helios-serve serve $(ARGS)
 
 test: $(READY) ## Run the tests but those of the two targets below, two processes with one thread each
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not ray and not browser" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not ray and not browser and not server" $(ARGS)
 
-test-faults: $(READY) ## Kill, freeze and crash the workers of a real Ray cluster
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m ray $(ARGS)
+test-faults: $(READY) ## Kill, freeze and crash the workers of a real Ray cluster; attack, starve and drain a started server
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "ray or server" $(ARGS)
 
 test-browser: $(READY) ## Drive the page in Chromium; skips, naming what is missing, without it
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser $(ARGS)

@@ -209,9 +209,14 @@ class JobRunner:
         while True:
             await asyncio.sleep(3.0)
             with _logged("renewing leases"):
-                for lease in await self._stores.leases.renew():
-                    await self.ended(lease.job_id)
+                try:
+                    lost = await self._stores.leases.renew()
+                except HeliosError as error:
+                    self.store_problem = error.message
+                    raise
                 await self._probe()
+                for lease in lost:
+                    await self.ended(lease.job_id)
 
     async def _probe(self) -> None:
         """Whether files can be written; whether rows can is seen by the leases."""

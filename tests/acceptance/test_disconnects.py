@@ -14,6 +14,8 @@ import pytest
 
 from tests.acceptance.live_server import LONG, LiveServer
 
+pytestmark = pytest.mark.server
+
 GENERATIONS = "/v1/videos/generations"
 CANCELLED_S = 5.0
 """A step of the tiny checkpoint takes milliseconds; a machine that others use as well may take longer to run it."""

@@ -184,6 +184,8 @@ class PeakRss:
             self.own_bytes = max(self.own_bytes, process.rss_bytes)
             for pid in process.children:
                 try:
+                    if Path(f"/proc/{pid}/cmdline").read_bytes() == Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                        continue  # forked, and still the parent's image
                     self.child_bytes = max(self.child_bytes, Process(pid).rss_bytes)
                 except (FileNotFoundError, ProcessLookupError, StopIteration):
                     continue  # it has just ended

@@ -26,6 +26,8 @@ from tests.faults.raw_http import Answer, exchange, json_request, read_answer, r
 from tests.faults.server_process import Server
 from tests.faults.test_hostile import new_key, with_key
 
+pytestmark = pytest.mark.server
+
 NUM_JOBS = 20
 EXIT_S = 10.0
 LONG = {"prompt": "long", "num_frames": 3300, "size": "64x64"}
@@ -152,7 +154,7 @@ def test_a_second_signal_ends_at_once(new_server: NewServer) -> None:
         server.signal(signal.SIGTERM)
         server.signal(signal.SIGTERM)
         _, exit_s = ended(server)
-    assert exit_s <= 2.0
+    assert exit_s <= 5.0
     server.start()
     assert server.get(f"/v1/videos/{job}")["status"] in ("queued", "in_progress")
 

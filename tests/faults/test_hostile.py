@@ -26,6 +26,8 @@ from tests.faults.conftest import NewServer
 from tests.faults.raw_http import Answer, Process, exchange, form_request, json_request, request, settles, watched
 from tests.faults.server_process import Server
 
+pytestmark = pytest.mark.server
+
 NUM_ATTACKS = int(os.environ.get("HELIOS_TEST_ATTACKS", "200"))
 SEED = int(os.environ.get("HELIOS_TEST_SEED", "1"))
 IS_LONG = os.environ.get("HELIOS_TEST_LONG") == "1"

@@ -27,6 +27,8 @@ import pytest
 from tests.faults.raw_http import Process, exchange, json_request, open_websocket, request, reset, settles, slow_socket
 from tests.faults.server_process import Server
 
+pytestmark = pytest.mark.server
+
 NUM_SLOW = int(os.environ.get("HELIOS_TEST_SLOW", "40"))
 NUM_DISCONNECTS = int(os.environ.get("HELIOS_TEST_DISCONNECTS", "150"))
 IS_LONG = os.environ.get("HELIOS_TEST_LONG") == "1"

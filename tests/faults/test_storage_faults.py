@@ -22,6 +22,8 @@ from tests.faults.raw_http import Answer, exchange, json_request, request
 from tests.faults.server_process import Server
 from tests.faults.test_drain import body, create, finished
 
+pytestmark = pytest.mark.server
+
 WRITES = {"blob.write": errno.ENOSPC, "db.commit": errno.ENOSPC}
 
 
