@@ -100,6 +100,10 @@ class Boundary:
         handlers = {each.name: self._method(each, methods[each.name]) for each in service.methods}
         return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
+    @property
+    def num_open_calls(self) -> int:
+        return len(self._running)
+
     def refuse(self) -> None:
         """Lets no more calls in."""
         self._is_refusing = True

@@ -55,7 +55,7 @@ _PATHS = {
 
 
 def generation_body(spec: pb.VideoSpec) -> dict[str, object]:
-    """The JSON form of a request.
+    """The JSON form of a request. To be called under `named_as_in_proto`, as `check_container` is.
 
     Raises: InvalidRequestError for what the JSON form has no words for: a number that an enum does not have, a medium
     without a source.
@@ -84,10 +84,10 @@ def check_container(spec: pb.VideoSpec, caller: Caller) -> None:
         require(caller, "raw")
         raise UnsupportedOperationError(
             f"container {pb.Container.Name(container)}: this server sends encoded segments only; use CONTAINER_FMP4",
-            param="spec.output.container",
+            param="output.container",
         )
     if container not in (pb.CONTAINER_UNSPECIFIED, pb.CONTAINER_FMP4):
-        raise _unknown("spec.output.container", container, pb.Container)
+        raise _unknown("output.container", container, pb.Container)
 
 
 def seconds_of(duration: Duration) -> float:
@@ -152,6 +152,17 @@ def named_as_in_proto(prefix: str = "spec") -> Iterator[None]:
         raise
 
 
+@contextmanager
+def named(param: str, path: str) -> Iterator[None]:
+    """Errors about `param` name the field `path` of the message, where the service calls it otherwise."""
+    try:
+        yield
+    except HeliosError as error:
+        if error.param == param:
+            error.param = path
+        raise
+
+
 def field_path(param: str, prefix: str = "spec") -> str:
     """`helios.steps` -> `spec.helios.steps`, `size` -> `spec.width`; what is no field of VideoSpec stays as it is."""
     path = _PATHS.get(param, param)
@@ -198,12 +209,12 @@ def _media(name: str, media: pb.Media) -> object:
         case "video_id":
             raise InvalidRequestError(
                 "image.video_id: an image is no video; download its last frame, or give video",
-                param="spec.image.video_id",
+                param="image.video_id",
             )
         case _:
             choices = "data, url, file_id" + (", video_id" if name == "video" else "")
             raise InvalidRequestError(
-                f"{name}: none of {choices} is set", param=f"spec.{name}", code="missing_required_parameter"
+                f"{name}: none of {choices} is set", param=name, code="missing_required_parameter"
             )
 
 
@@ -224,7 +235,7 @@ def _helios(helios: pb.HeliosParams) -> Mapping[str, object]:
     for field, value in helios.ListFields():
         if field.name in enums:
             number, kind = enums[field.name]
-            body[field.name] = _enum_word(f"spec.helios.{field.name}", number, kind)
+            body[field.name] = _enum_word(f"helios.{field.name}", number, kind)
         elif field.name == "steps":
             body[field.name] = [*helios.steps]
         elif isinstance(value, float):
@@ -237,7 +248,7 @@ def _helios(helios: pb.HeliosParams) -> Mapping[str, object]:
 def _output(output: pb.OutputOptions) -> Mapping[str, object]:
     body: dict[str, object] = {}
     if output.codec != pb.CODEC_UNSPECIFIED:
-        body["codec"] = _enum_word("spec.output.codec", output.codec, pb.Codec)
+        body["codec"] = _enum_word("output.codec", output.codec, pb.Codec)
     if output.HasField("crf"):
         body["crf"] = output.crf
     if output.HasField("inline_segments") and not output.inline_segments:

@@ -14,8 +14,11 @@ from helios_serve.errors import HeliosError
 DETAILS = "grpc-status-details-bin"
 RETRY_AFTER_MS = "retry-after-ms"
 DOMAIN = "helios.video.v1"
-MAX_MESSAGE_CHARS = 1000
-"""Of an error: trailers hold it three times, and clients take 8 KiB of them."""
+MAX_TEXT_BYTES = 1000
+"""Of an error's message in UTF-8. Trailers hold it three times, once with up to three bytes for each and twice with
+four for three; clients refuse some calls, at random, from 8 KiB of trailers on, and lose the status then."""
+
+MAX_FIELD_BYTES = 200
 
 
 def status_code(error: HeliosError) -> grpc.StatusCode:
@@ -25,7 +28,7 @@ def status_code(error: HeliosError) -> grpc.StatusCode:
 
 def status_message(error: HeliosError) -> str:
     """The error's message as it fits into trailers."""
-    return error.message[:MAX_MESSAGE_CHARS]
+    return _cut(error.message, MAX_TEXT_BYTES)
 
 
 def trailers(error: HeliosError) -> tuple[tuple[str, str | bytes], ...]:
@@ -33,7 +36,9 @@ def trailers(error: HeliosError) -> tuple[tuple[str, str | bytes], ...]:
     delay_s = _delay_s(error)
     details: list[Message] = [ErrorInfo(reason=error.code, domain=DOMAIN)]
     if error.param is not None:
-        violation = BadRequest.FieldViolation(field=error.param[:200], description=status_message(error))
+        violation = BadRequest.FieldViolation(
+            field=_cut(error.param, MAX_FIELD_BYTES), description=status_message(error)
+        )
         details.append(BadRequest(field_violations=[violation]))
     if delay_s is not None:
         wait = Duration()
@@ -44,6 +49,11 @@ def trailers(error: HeliosError) -> tuple[tuple[str, str | bytes], ...]:
         status.details.add().Pack(detail)
     told: tuple[tuple[str, str | bytes], ...] = ((DETAILS, status.SerializeToString()),)
     return told if delay_s is None else (*told, (RETRY_AFTER_MS, str(round(1000 * delay_s))))
+
+
+def _cut(text: str, num_bytes: int) -> str:
+    """As many whole characters as fit."""
+    return text.encode("utf-8", "replace")[:num_bytes].decode("utf-8", "ignore")
 
 
 def _delay_s(error: HeliosError) -> float | None:

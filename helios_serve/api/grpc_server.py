@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -89,11 +90,16 @@ class GrpcServer:
         self._settings = settings
         self._boundary = Boundary(access, metrics)
         self._methods = {**GrpcMethods(desk).table(), "Session": GrpcSessions(desk).method()}
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         self._is_allowed = True
         self._is_serving: bool | None = None
         self._server: grpc.aio.Server | None = None
         self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def num_open_calls(self) -> int:
+        """Calls of the video service that have begun and not ended."""
+        return self._boundary.num_open_calls
 
     async def start(self) -> int:
         """Listens; returns the port.
@@ -130,6 +136,7 @@ class GrpcServer:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
+        await self._health.end()
         if self._server is not None:
             await self._server.stop(STOP_S)
 
@@ -149,6 +156,39 @@ class GrpcServer:
                 async with asyncio.timeout(STOP_S):
                     await self._health.set(SERVICE.full_name, status)
                     self._is_serving = is_serving
+
+
+class _Health(health.aio.HealthServicer):
+    """Tells those who watch that the server ends. The library leaves them to be cut, which takes as long as may be
+    waited for, and is logged as a failure of the server's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watchers: set[asyncio.Task[Any]] = set()
+        self._is_ending = False
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:  # noqa: N802  # as in the proto
+        """Raises what ends the call."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._watchers.add(task)
+        try:
+            if not self._is_ending:
+                await super().Watch(request, context)
+        except asyncio.CancelledError:
+            if not self._is_ending or context.cancelled():
+                raise
+        finally:
+            self._watchers.discard(task)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+
+    async def end(self) -> None:
+        """Ends all watching."""
+        self._is_ending = True
+        for task in [*self._watchers]:
+            task.cancel()
+        if self._watchers:
+            await asyncio.wait([*self._watchers], timeout=STOP_S)
 
 
 def _listen(server: grpc.aio.Server, settings: GrpcSettings) -> int:

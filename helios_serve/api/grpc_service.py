@@ -21,6 +21,7 @@ from helios_serve.api.grpc_convert import (
     check_container,
     check_nothing_beside,
     generation_body,
+    named,
     named_as_in_proto,
     page_of,
     still_of,
@@ -238,7 +239,8 @@ class GrpcMethods:
         check_nothing_beside(request, frozenset({"spec", "remix_video_id"}), "", reason)
         check_nothing_beside(request.spec, frozenset({"prompt"}), "spec.", reason)
         prompt = parse_remix({"prompt": request.spec.prompt})
-        return await self._service.remix(call.caller, request.remix_video_id, prompt, _origin(call, "remix"))
+        with named("id", "remix_video_id"):
+            return await self._service.remix(call.caller, request.remix_video_id, prompt, _origin(call, "remix"))
 
     async def _extended(self, request: pb.CreateVideoRequest, call: Call) -> Created:
         reason = "not beside extend_video_id; an extension keeps all but the prompt and the length"
@@ -246,7 +248,8 @@ class GrpcMethods:
         check_nothing_beside(request.spec, frozenset({"model", "prompt", "num_frames", "seconds"}), "spec.", reason)
         body = {**generation_body(request.spec), "video": {"id": request.extend_video_id}}
         video_id, extension = parse_extension(body)
-        return await self._service.extend(call.caller, video_id, extension, _origin(call, "extend"))
+        with named("id", "extend_video_id"):
+            return await self._service.extend(call.caller, video_id, extension, _origin(call, "extend"))
 
     async def get(self, request: pb.GetVideoRequest, call: Call) -> pb.GetVideoResponse:
         job = await self._service.get(call.caller, request.id)
@@ -255,7 +258,8 @@ class GrpcMethods:
     async def list(self, request: pb.ListVideosRequest, call: Call) -> pb.ListVideosResponse:
         """A page; it may hold fewer videos than were asked for although more follow."""
         page = page_of(request)
-        jobs, has_more = await self._service.list(call.caller, page)
+        with named("after", "page_token"):
+            jobs, has_more = await self._service.list(call.caller, page)
         shown = [job for job in jobs if page.states is None or job.state in page.states]
         videos = videos_that_fit([self._desk.video(job) for job in shown])
         is_cut = len(videos) < len(shown)

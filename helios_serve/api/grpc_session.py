@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import assert_never
 
 from helios_serve.api.grpc_boundary import Call, DialogueMethod, undone_if_left
-from helios_serve.api.grpc_convert import action_of, check_nothing_beside, named_as_in_proto
+from helios_serve.api.grpc_convert import action_of, check_nothing_beside, named, named_as_in_proto
 from helios_serve.api.grpc_messages import (
     Opening,
     applied_message,
@@ -101,8 +101,9 @@ class GrpcSessions:
             resume = start.resume
             await self._replace(call, resume.id)
             try:
-                resuming = service.resume_session(call.caller, resume.id, resume.from_segment - 1)
-                return await undone_if_left(resuming, lambda session: session.leave())
+                with named("id", "start.resume.id"):
+                    resuming = service.resume_session(call.caller, resume.id, resume.from_segment - 1)
+                    return await undone_if_left(resuming, lambda session: session.leave())
             except InvalidRequestError as error:
                 problem = error.message.partition(": ")[2]
                 raise InvalidRequestError(

@@ -276,7 +276,6 @@ class VideoService:
 
         Raises: NotFoundError.
         """
-        await self._stores.jobs.cancel(caller.tenant, video_id)
         await self._stores.jobs.delete(caller.tenant, video_id)
         await self._runner.ended(video_id)
 

@@ -301,7 +301,7 @@ def _cancel(connection: sa.Connection, tenant_id: str, job_id: str) -> Job:
 
 
 def _delete(connection: sa.Connection, tenant_id: str, job_id: str) -> None:
-    old = owned_row(connection, tenant_id, job_id, is_locked=True)
+    old = _cancel(connection, tenant_id, job_id)
     connection.execute(sa.delete(chunk).where(chunk.c.job_id == job_id))
     connection.execute(sa.delete(control).where(control.c.job_id == job_id))
     nothing = dict.fromkeys(("input_blob", "seed_blob", "seed_rng", "init_blob", "first_blob", "video_blob", "owner"))

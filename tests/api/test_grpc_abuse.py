@@ -139,6 +139,47 @@ async def _is_healthy(served: Served) -> None:
     assert (await served.stub.ListModels(pb.ListModelsRequest())).models
 
 
+def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Of HTTP/2: RFC 9113, section 4.1."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def _literal(name: bytes, value: bytes) -> bytes:
+    """A header that is in no table: RFC 7541, section 6.2.2."""
+    return bytes([0, len(name)]) + name + bytes([len(value)]) + value
+
+
+def test_calls_that_are_reset_as_they_begin() -> None:
+    """HTTP/2 rapid reset: no call that is over holds anything, and others are answered meanwhile."""
+    path = f"/{NAME}/Generate".encode()
+    headers = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"a", b"te": b"trailers",
+               b"content-type": b"application/grpc"}  # fmt: skip
+    block = b"".join(_literal(name, value) for name, value in headers.items())
+    begin, cancel, end_headers = 1, 3, 4
+    attack = b"".join(
+        _frame(begin, end_headers, stream, block) + _frame(cancel, 0, stream, (8).to_bytes(4, "big"))
+        for stream in range(1, 40_001, 2)
+    )
+
+    async def scenario(served: Served) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0) + attack)
+        reading = asyncio.create_task(reader.read(-1))
+        for _ in range(20):
+            async with asyncio.timeout(10):
+                assert (await served.stub.ListModels(pb.ListModelsRequest())).models
+        writer.close()
+        await asyncio.gather(reading, return_exceptions=True)
+        await _is_healthy(served)
+        async with asyncio.timeout(30):
+            while served.server.num_open_calls:
+                await asyncio.sleep(0.05)
+        assert served.counted("Generate", "CANCELLED") > 0, "the attack did not come through"
+        assert not served.service.jobs
+
+    run(scenario)
+
+
 def test_garbage_on_the_socket_closes_that_connection_alone() -> None:
     async def scenario(served: Served) -> None:
         for garbage in (

@@ -234,6 +234,24 @@ def test_errors_have_their_status_and_details(error: HeliosError, code: str, ret
     run(scenario)
 
 
+@pytest.mark.parametrize("letter", ["a", "\u20ac", "\U0001f600"])
+def test_a_long_message_reaches_a_client_of_default_limits(letter: str) -> None:
+    """Clients refuse trailers at random between their soft and their hard limit."""
+    error = CapacityError(letter * 5000, param=letter * 500, retry_after_s=12.5)
+
+    async def scenario(served: Served) -> None:
+        served.service.error = error
+        headers = (("x-request-id", "r" * 128),)
+        for _ in range(20):
+            refusal = await refused(
+                served.stub.CreateVideo(pb.CreateVideoRequest(spec=served.spec()), metadata=headers)
+            )
+            assert (refusal.code, refusal.retry_s) == (grpc.StatusCode.UNAVAILABLE, 12.5)
+            assert refusal.message == letter * (1000 // len(letter.encode()))
+
+    run(scenario)
+
+
 def test_a_defect_is_told_without_its_cause(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(served: Served) -> None:
         served.service.error = RuntimeError("secret detail")

@@ -18,7 +18,7 @@ import helios_serve.api
 import helios_serve.store
 from helios_serve.api.convert import Limits, ParsedRequest, parse_generation
 from helios_serve.api.grpc_convert import field_path, generation_body
-from helios_serve.api.grpc_errors import MAX_MESSAGE_CHARS, status_code, trailers
+from helios_serve.api.grpc_errors import MAX_TEXT_BYTES, status_code, status_message, trailers
 from helios_serve.api.grpc_messages import MAX_MESSAGE_BYTES, segment_messages
 from helios_serve.api.grpc_wire import SMALL_BYTES, parse_message
 from helios_serve.api.jobs import JobSegment
@@ -269,7 +269,9 @@ def test_every_error_of_a_call_has_the_status_that_the_table_gives() -> None:
 
 def test_a_long_message_fits_into_trailers() -> None:
     error = InvalidRequestError("\u20ac" * 50_000, param="p" * 5000)
-    assert len(dict(trailers(error))["grpc-status-details-bin"]) < 4 * 3 * MAX_MESSAGE_CHARS
+    assert len(dict(trailers(error))["grpc-status-details-bin"]) < 3 * MAX_TEXT_BYTES
+    assert status_message(error) == "\u20ac" * (MAX_TEXT_BYTES // 3)
+    assert status_message(InvalidRequestError("a \ud800 b")) == "a ? b"
     assert status_code(error).name == "INVALID_ARGUMENT"
 
 

@@ -175,6 +175,29 @@ def test_a_drain_shows_itself_first_and_ends_what_is_open() -> None:
     run(scenario, Script(chunk_s=5))
 
 
+def test_whoever_watches_is_told_that_the_server_ends(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(served: Served) -> None:
+        stub: Any = health_pb2_grpc.HealthStub(served.channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest(service=name)) for name in (NAME, "", "no such")]
+        for watch in watches:
+            await watch.read()
+        left = stub.Watch(health_pb2.HealthCheckRequest(service=NAME))
+        await left.read()
+        left.cancel()
+        await served.server.drain(0)
+        assert (await watches[0].read()).status == NOT_SERVING
+        started_s = time.monotonic()
+        await served.server.stop()
+        assert time.monotonic() - started_s < 0.5
+        for watch in watches:
+            assert await watch.code() == grpc.StatusCode.UNAVAILABLE
+            assert await watch.details() == "the server is shutting down"
+
+    with caplog.at_level("WARNING"):
+        run(scenario)
+    assert not caplog.records
+
+
 def test_a_drain_waits_for_calls_that_end_by_themselves() -> None:
     async def scenario(served: Served) -> None:
         call = served.stub.Generate(pb.GenerateRequest(spec=served.spec()))

@@ -249,6 +249,48 @@ async def _compared(http: httpx2.AsyncClient, client: Client) -> None:
     assert (await refused(stub.GetVideo(pb.GetVideoRequest(id=by_grpc.id)))).code == grpc.StatusCode.NOT_FOUND
 
 
+def test_a_refusal_names_the_field_that_it_came_in(tmp_path: Path) -> None:
+    async def main() -> None:
+        with parts_of(FakeEngine(), tmp_path) as parts:
+            await parts.service.start()
+            async with asyncio.timeout(60), served(parts.service, None) as client:
+                await _named(client.stub)
+            await parts.service.close()
+
+    asyncio.run(main())
+
+
+async def _named(stub: Any) -> None:
+    lake = pb.VideoSpec(prompt="a lake")
+    calls = {
+        "id": stub.GetVideo(pb.GetVideoRequest(id="video_x")),
+        "page_token": stub.ListVideos(pb.ListVideosRequest(page_token="video_x")),
+        "remix_video_id": stub.CreateVideo(pb.CreateVideoRequest(spec=lake, remix_video_id="video_x")),
+        "extend_video_id": stub.CreateVideo(pb.CreateVideoRequest(spec=lake, extend_video_id="video_x")),
+    }
+    for path, call in calls.items():
+        refusal = await refused(call)
+        assert (refusal.code, refusal.fields) == (grpc.StatusCode.NOT_FOUND, [path])
+    outputs = [
+        ("container", pb.OutputOptions(container=pb.CONTAINER_RAW_RGB24)),
+        ("container", pb.OutputOptions(container=9)),
+        ("codec", pb.OutputOptions(codec=9)),
+        ("crf", pb.OutputOptions(crf=60)),
+    ]
+    starts = [
+        ("start.resume.id", pb.SessionStart(resume=pb.SessionResume(id="video_x"))),
+        ("start.spec.width", pb.SessionStart(spec=pb.VideoSpec(prompt="a lake", width=650, height=384))),
+        ("start.spec.image", pb.SessionStart(spec=pb.VideoSpec(prompt="a lake", image=pb.Media()))),
+    ]
+    for name, output in outputs:
+        spec_ = pb.VideoSpec(prompt="a lake", output=output)
+        starts.append((f"start.spec.output.{name}", pb.SessionStart(spec=spec_)))
+    for path, start in starts:
+        session = stub.Session()
+        await session.write(pb.SessionRequest(start=start))
+        assert (await refused(session)).fields == [path]
+
+
 def test_a_stream_ends_with_the_service_and_its_job_goes_on(tmp_path: Path) -> None:
     async def main() -> None:
         with parts_of(FakeEngine(), tmp_path) as parts:

@@ -106,6 +106,7 @@ def live(model: HeliosModel, test: Test, config: EngineConfig = PATIENT, faults:
     """Runs `test` on an engine with real workers; afterwards no tensor is held and no thread is left."""
 
     async def run() -> Watch:
+        threads = {*threading.enumerate()}
         plan = FaultPlan() if faults is None else faults
         watch = Watch()
         executor = LocalExecutor(
@@ -133,7 +134,8 @@ def live(model: HeliosModel, test: Test, config: EngineConfig = PATIENT, faults:
         finally:
             await engine.close()
         assert executor._table.keys == ()
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("helios-")]
+        left = {*threading.enumerate()} - threads
+        assert not [thread for thread in left if thread.name.startswith("helios-")]
         return watch
 
     return asyncio.run(run())

@@ -46,6 +46,7 @@ from helios_serve.workers.vae import VaeWorker
 from tests.workers.chunks import latents_of, request
 
 WAIT_S = 30
+ROLE_THREADS = ["helios-beat", "helios-dit", "helios-encoder", "helios-mux", "helios-vae"]
 E = TypeVar("E")
 
 
@@ -167,7 +168,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def role_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("helios-")]
+    return [thread.name for thread in threading.enumerate() if thread.name in ROLE_THREADS]
 
 
 def test_every_group_says_that_it_is_up(drive: Callable[..., Driver]) -> None:
@@ -531,7 +532,7 @@ def test_close_ends_all_threads_in_the_middle_of_work(model: HeliosModel) -> Non
     video = request("fox", steps=(400, 1, 1))
     driver.chunk(video, driver.begin(video), [])
     driver.next(StepDone)
-    assert sorted(role_threads()) == ["helios-beat", "helios-dit", "helios-encoder", "helios-mux", "helios-vae"]
+    assert sorted(role_threads()) == ROLE_THREADS
     for _ in range(2):
         driver.executor.close(WAIT_S)
         assert role_threads() == []
