@@ -39,6 +39,56 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, row: Tensor) -> Tensor:
     return (x.to(wide) + y.to(wide) * gate.to(wide)[row]).to(x.dtype)
 
 
+def modulation_table(tables: Tensor, modulation: Tensor) -> Tensor:
+    """How every layer modulates every row: tables [L, 6, D] float32, modulation [R, 6, D] -> [L, R, 6, D] float32."""
+    return tables[:, None] + modulation.to(tables.dtype)
+
+
+def gated_residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor, row: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> Tensor:
+    """`gated_residual` into `x` [N, D] itself, then `layer_norm_modulate` of the rounded sum -> [N, D]."""
+    x.copy_(gated_residual(x, y, gate, row))
+    return layer_norm_modulate(x, shift, scale, row, eps)
+
+
+def gated_residual_split_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    row: Tensor,
+    current_place: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    normed: Tensor,
+    current: Tensor,
+) -> None:
+    """`gated_residual` into `x` [N, D] itself, then the norms of the rounded sum.
+
+    History rows, whose `current_place` [N] int32 is negative, go through `layer_norm_modulate` to their place in
+    `normed` [N, D], the others through `layer_norm` to row `current_place` of `current` [M, D]. What remains of
+    `normed` is left as it is.
+    """
+    x.copy_(gated_residual(x, y, gate, row))
+    is_history = current_place < 0
+    normed[is_history] = layer_norm_modulate(x[is_history], shift, scale, row[is_history], eps)
+    current[current_place[~is_history].long()] = layer_norm(x[~is_history], weight, bias, eps)
+
+
+def residual_scatter_norm(
+    x: Tensor, y: Tensor, index: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float, normed: Tensor
+) -> None:
+    """Adds y [M, D] to the rows `index` [M] of `x` [N, D], rounded once, and writes `layer_norm_modulate` of them to
+    the same rows of `normed` [N, D]. `row` [N] belongs to the rows of `x`."""
+    wide = _accumulator(x)
+    added = (x[index].to(wide) + y.to(wide)).to(x.dtype)
+    x[index] = added
+    normed[index] = layer_norm_modulate(added, shift, scale, row[index], eps)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension: x [N, D], weight [D] -> [N, D]."""
     return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -52,6 +102,23 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     cos, sin = rotary[:, None].to(_accumulator(x)).unbind(2)  # (N, 1, Dh/2) each
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def norm_rope(
+    x: Tensor,
+    weight: Tensor,
+    rotary: Tensor,
+    eps: float,
+    history_scale: Tensor | None = None,
+    row: Tensor | None = None,
+) -> Tensor:
+    """One of the two tensors of `qk_norm_rope` alone: x [N, H, Dh], others as there -> [N, H, Dh]."""
+    x = rotate(rms_norm(x.flatten(1), weight, eps).view_as(x), rotary)
+    if history_scale is None:
+        return x
+    assert row is not None
+    scale = torch.where((row == 0)[:, None, None], history_scale.view(1, -1, 1), 1.0)  # (N, H | 1, 1)
+    return (x * scale).to(x.dtype)
 
 
 def qk_norm_rope(
@@ -76,13 +143,8 @@ def qk_norm_rope(
     Returns: q, k, v, each [N, H, Dh].
     """
     q, k, v = qkv.unbind(1)
-    q = rotate(rms_norm(q.flatten(1), q_weight, eps).view_as(q), rotary)
-    k = rotate(rms_norm(k.flatten(1), k_weight, eps).view_as(k), rotary)
-    if history_scale is not None:
-        assert row is not None
-        scale = torch.where((row == 0)[:, None, None], history_scale.view(1, -1, 1), 1.0)  # (N, H | 1, 1)
-        k = (k * scale).to(k.dtype)
-    return q, k, v
+    q = norm_rope(q, q_weight, rotary, eps)
+    return q, norm_rope(k, k_weight, rotary, eps, history_scale, row), v
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -7,14 +7,15 @@ Shape letters: N tokens, M current tokens, D width, H heads, Dh head size, R mod
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from helios_serve import kernels
 from helios_serve.model_executor.model_config import TransformerConfig
-from helios_serve.model_executor.packing import PackedBatch
+from helios_serve.model_executor.packing import Layout, PackedBatch
 
 MAX_HISTORY_SCALE = 10.0
 """Upper end of the amplified history's key scale; the lower end is 1."""
@@ -48,9 +49,9 @@ class SelfAttention(nn.Module):
             heads = self.num_heads if config.history_scale_mode == "per_head" else 1
             self.history_key_scale = nn.Parameter(torch.empty(heads))
 
-    def forward(self, x: Tensor, batch: PackedBatch) -> Tensor:
+    def forward(self, normed: Tensor, batch: PackedBatch) -> Tensor:
         """[N, D] -> [N, D]."""
-        qkv = self.to_qkv(x).view(len(x), 3, self.num_heads, -1)
+        qkv = self.to_qkv(normed).view(len(normed), 3, self.num_heads, -1)
         q, k, v = kernels.qk_norm_rope(
             qkv,
             self.norm_q.weight,
@@ -62,6 +63,22 @@ class SelfAttention(nn.Module):
         )
         out, _ = kernels.attend(q, k, v, batch.self_attention)
         return self.to_out[0](out.flatten(1))
+
+    def of_current(self, normed: Tensor, batch: PackedBatch) -> Tensor:
+        """The same for the current tokens alone, which still see the whole history: [N, D] -> [M, D]."""
+        dim, current = normed.shape[-1], batch.layout.current_index
+        weight, bias = self.to_qkv.weight, self.to_qkv.bias
+        q = F.linear(normed[current], weight[:dim], bias[:dim])
+        k, v = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        eps, row = self.norm_q.eps, batch.layout.row
+        q = kernels.norm_rope(self._heads(q), self.norm_q.weight, batch.rotary[current], eps)
+        k = kernels.norm_rope(self._heads(k), self.norm_k.weight, batch.rotary, eps, self._history_scale(), row)
+        segments = replace(batch.self_attention, cu_q=batch.layout.cu_current)
+        out, _ = kernels.attend(q, k, self._heads(v), segments)
+        return self.to_out[0](out.flatten(1))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
 
     def _history_scale(self) -> Tensor | None:
         if self.history_key_scale is None:
@@ -132,8 +149,48 @@ class AffineNorm(nn.Module):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """The residual stream of a forward: x [N, D], changed in place; how its tokens stand; what they cross-attend to."""
+
+    x: Tensor
+    layout: Layout
+    cross_attention: kernels.Segments
+
+    def of_current(self) -> Stream:
+        """A copy of the current tokens [M, D] alone."""
+        layout = self.layout.current_only
+        assert layout is not None
+        return replace(self, x=self.x[self.layout.current_index], layout=layout)
+
+    def current(self, rows: Tensor) -> Tensor:
+        """Those of `rows` [N, ...] that belong to current tokens: [M, ...]."""
+        return rows if self.layout.current_only is None else rows[self.layout.current_index]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modulation:
+    """How one layer modulates: six views [R, D] float32 into the table of all layers."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+    ff_shift: Tensor
+    ff_scale: Tensor
+    ff_gate: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Modulation:
+        """From [R, 6, D]."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = rows.unbind(1)
+        return cls(shift=shift, scale=scale, gate=gate, ff_shift=ff_shift, ff_scale=ff_scale, ff_gate=ff_gate)
+
+
 class Block(nn.Module):
-    """Modulated self-attention, cross-attention of the current tokens, modulated feed-forward."""
+    """Modulated self-attention, cross-attention of the current tokens, modulated feed-forward.
+
+    A norm is computed in the pass that writes its input, so the caller norms for `attn1` and adds what `feed` returns.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -142,23 +199,36 @@ class Block(nn.Module):
         self.attn2 = CrossAttention(config)
         self.norm2 = AffineNorm(config.dim, config.eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim)
-        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, text_kv: tuple[Tensor, Tensor], batch: PackedBatch) -> Tensor:
-        """x [N, D], modulation [R, 6, D] -> [N, D]."""
-        rows = self.scale_shift_table + modulation.to(self.scale_shift_table.dtype)
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = rows.unbind(1)  # (R, D) each
-        row, current_index = batch.layout.row, batch.layout.current_index
+    def feed(self, stream: Stream, attended: Tensor, text_kv: tuple[Tensor, Tensor], modulation: Modulation) -> Tensor:
+        """All after self-attention but the last residual.
 
-        attended = self.attn1(kernels.layer_norm_modulate(x, shift, scale, row, self.eps), batch)
-        x = kernels.gated_residual(x, attended, gate, row)
+        Args:
+            stream: x [N, D], changed in place: `attended` [N, D] and the cross-attention are added to it.
 
-        current = x[current_index]
-        current = current + self.attn2(self.norm2(current), text_kv, batch.cross_attention)
-        x = x.index_copy(0, current_index, current)
-
-        fed = self.ffn(kernels.layer_norm_modulate(x, ff_shift, ff_scale, row, self.eps))
-        return kernels.gated_residual(x, fed, ff_gate, row)
+        Returns: the output of the feed-forward [N, D], without its gate.
+        """
+        x, layout = stream.x, stream.layout
+        normed, current = torch.empty_like(x), x.new_empty((layout.num_current, x.shape[-1]))
+        kernels.gated_residual_split_norm(
+            x,
+            attended,
+            modulation.gate,
+            layout.row,
+            layout.current_place,
+            modulation.ff_shift,
+            modulation.ff_scale,
+            self.norm2.weight,
+            self.norm2.bias,
+            self.eps,
+            normed,
+            current,
+        )
+        crossed = self.attn2(current, text_kv, stream.cross_attention)
+        kernels.residual_scatter_norm(
+            x, crossed, layout.current_index, modulation.ff_shift, modulation.ff_scale, layout.row, self.eps, normed
+        )
+        return self.ffn(normed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,17 +277,16 @@ def _row_by_row(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 class OutputNorm(nn.Module):
-    """The last norm, modulated by the timestep's hidden embedding."""
+    """Modulation of the last norm by the timestep's hidden embedding."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.eps = config.eps
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.dim))
 
-    def forward(self, x: Tensor, hidden: Tensor, row: Tensor) -> Tensor:
-        """x [M, D], hidden [R, D], row [M] -> [M, D]."""
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [R, D] -> shift and scale, each [R, D] float32."""
         shift, scale = (self.scale_shift_table + hidden[:, None].to(self.scale_shift_table.dtype)).unbind(1)
-        return kernels.layer_norm_modulate(x, shift, scale, row, self.eps)
+        return shift, scale
 
 
 def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:

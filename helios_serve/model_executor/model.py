@@ -16,7 +16,7 @@ from helios_serve.errors import CheckpointError
 from helios_serve.model_executor.batch import SamplingRules
 from helios_serve.model_executor.checkpoint import load_module, read_config, resolve_checkpoint
 from helios_serve.model_executor.model_config import CheckpointConfig
-from helios_serve.model_executor.transformer import HeliosTransformer
+from helios_serve.model_executor.transformer import HeliosTransformer, Shortcuts
 from helios_serve.model_executor.vae import WanVAE
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def load_transformer(checkpoint: Checkpoint) -> HeliosTransformer:
     Raises: CheckpointError for weights that do not fit.
     """
     config, folder = checkpoint.config.transformer, checkpoint.path / "transformer"
-    return load_module(lambda: HeliosTransformer(config), folder, checkpoint.device, checkpoint.dtype)
+    shortcuts = Shortcuts(last_block_skips_history=checkpoint.device.type != "cpu")
+    return load_module(lambda: HeliosTransformer(config, shortcuts), folder, checkpoint.device, checkpoint.dtype)
 
 
 def load_vae(checkpoint: Checkpoint) -> WanVAE:

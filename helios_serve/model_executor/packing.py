@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -72,14 +72,22 @@ class Layout:
 
     row: [N] int32 modulation row of each token: 0 for history, 1 + i for the current tokens of sequence i.
     history_index [sum of Nh], current_index [M]: int64 places in the packed stream.
+    current_place: [N] int32 place of each token among the current ones, -1 for history.
     cu_tokens, cu_current: running sums over all tokens and over the current ones.
+    current_only: the layout of a stream that holds the current tokens alone; None in that layout itself.
     """
 
     row: Tensor
     history_index: Tensor
     current_index: Tensor
+    current_place: Tensor
     cu_tokens: tuple[int, ...]
     cu_current: tuple[int, ...]
+    current_only: Layout | None = None
+
+    @property
+    def num_current(self) -> int:
+        return self.cu_current[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,12 +163,22 @@ def _layout(history_lengths: tuple[int, ...], current_lengths: tuple[int, ...], 
     kinds = [length for pair in zip(history_lengths, current_lengths, strict=True) for length in pair]
     rows = [row for index in range(len(history_lengths)) for row in (0, 1 + index)]
     row = torch.tensor(rows, dtype=torch.int32).repeat_interleave(torch.tensor(kinds))
+    cu_tokens = _running_sum(h + c for h, c in zip(history_lengths, current_lengths, strict=True))
+    cu_current = _running_sum(current_lengths)
+    of_current = _layout_of(row[row != 0], cu_current, cu_current, device)
+    return replace(_layout_of(row, cu_tokens, cu_current, device), current_only=of_current)
+
+
+def _layout_of(row: Tensor, cu_tokens: tuple[int, ...], cu_current: tuple[int, ...], device: torch.device) -> Layout:
+    is_current = row != 0
+    place = torch.where(is_current, is_current.cumsum(0) - 1, -1)
     return Layout(
         row=_upload(row, device),
-        history_index=_upload((row == 0).nonzero()[:, 0], device),
-        current_index=_upload((row != 0).nonzero()[:, 0], device),
-        cu_tokens=_running_sum(h + c for h, c in zip(history_lengths, current_lengths, strict=True)),
-        cu_current=_running_sum(current_lengths),
+        history_index=_upload((~is_current).nonzero()[:, 0], device),
+        current_index=_upload(is_current.nonzero()[:, 0], device),
+        current_place=_upload(place.to(torch.int32), device),
+        cu_tokens=cu_tokens,
+        cu_current=cu_current,
     )
 
 

@@ -6,13 +6,16 @@ Knows no rank, no cache policy, no sampler and no request. Architecture: Helios 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from helios_serve import kernels
 from helios_serve.model_executor import rope
 from helios_serve.model_executor.history import (
     FIRST_CURRENT_FRAME,
@@ -22,7 +25,7 @@ from helios_serve.model_executor.history import (
     History,
     HistoryTokens,
 )
-from helios_serve.model_executor.layers import Block, ConditionEmbedder, OutputNorm
+from helios_serve.model_executor.layers import Block, ConditionEmbedder, Modulation, OutputNorm, Stream
 from helios_serve.model_executor.model_config import TransformerConfig
 from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, patchify
 from helios_serve.model_executor.rope import Grid
@@ -30,16 +33,29 @@ from helios_serve.model_executor.rope import Grid
 _FLOAT32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "history_key_scale")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortcuts:
+    """Ways to the same flow with less work: equal in real arithmetic, not in the order of sums.
+
+    last_block_skips_history: nobody reads the history behind the last block, so it gives keys and values there and
+    nothing else.
+    """
+
+    last_block_skips_history: bool = False
+
+
 class HeliosTransformer(nn.Module):
     """Predicts the flow of all current tokens of a packed batch.
 
     Args:
         config: the checkpoint's transformer configuration.
+        shortcuts: none by default, as guidance multiplies every difference in rounding.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, shortcuts: Shortcuts = Shortcuts()) -> None:
         super().__init__()
         self.config = config
+        self.shortcuts = shortcuts
         self.patch: Grid = config.patch_size
         self.patch_embedding = self._patch_projection(1)
         self.patch_short = self._patch_projection(1)
@@ -47,8 +63,12 @@ class HeliosTransformer(nn.Module):
         self.patch_long = self._patch_projection(4)
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.scale_shift_tables = nn.Parameter(torch.empty(config.num_layers, 6, config.dim))
         self.norm_out = OutputNorm(config)
         self.proj_out = nn.Linear(config.dim, config.out_channels * self.patch[0] * self.patch[1] * self.patch[2])
+
+    def _block(self, index: int) -> Block:
+        return cast(Block, self.blocks[index])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,16 +80,32 @@ class HeliosTransformer(nn.Module):
 
     def forward(self, batch: PackedBatch, text: PackedText) -> Tensor:
         """The flow of the M current tokens: [M, patch * C], channel innermost."""
+        x, layout, eps = self._embed(batch), batch.layout, self.config.eps
+        time = self.condition_embedder.embed_time(batch.timesteps)
+        layers = [Modulation.of(rows) for rows in kernels.modulation_table(self.scale_shift_tables, time.modulation)]
+        stream = Stream(x=x, layout=layout, cross_attention=batch.cross_attention)
+        normed = kernels.layer_norm_modulate(x, layers[0].shift, layers[0].scale, layout.row, eps)
+        for index, (own, following) in enumerate(pairwise(layers)):
+            block = self._block(index)
+            fed = block.feed(stream, block.attn1(normed, batch), text.layer(index), own)
+            normed = kernels.gated_residual_norm(x, fed, own.ff_gate, layout.row, following.shift, following.scale, eps)
+        block = self._block(-1)
+        if self.shortcuts.last_block_skips_history:
+            attended, stream = block.attn1.of_current(normed, batch), stream.of_current()
+        else:
+            attended = block.attn1(normed, batch)
+        fed = block.feed(stream, attended, text.layer(-1), layers[-1])
+        shift, scale = self.norm_out(time.hidden)
+        normed = kernels.gated_residual_norm(stream.x, fed, layers[-1].ff_gate, stream.layout.row, shift, scale, eps)
+        return self.proj_out(stream.current(normed))
+
+    def _embed(self, batch: PackedBatch) -> Tensor:
+        """[N, D], the residual stream before the first block."""
         current = _project_patches(self.patch_embedding, batch.patches)
         x = current.new_empty((batch.num_tokens, current.shape[-1]))
-        layout = batch.layout
-        x[layout.history_index] = batch.history
-        x[layout.current_index] = current
-        time = self.condition_embedder.embed_time(batch.timesteps)
-        for index, block in enumerate(self.blocks):
-            x = block(x, time.modulation, text.layer(index), batch)
-        current = self.norm_out(x[layout.current_index], time.hidden, layout.row[layout.current_index])
-        return self.proj_out(current)
+        x[batch.layout.history_index] = batch.history
+        x[batch.layout.current_index] = current
+        return x
 
     def project_text(self, prompt_embeds: Tensor) -> TextKV:
         """Keys and values of one prompt for all layers.
@@ -78,7 +114,7 @@ class HeliosTransformer(nn.Module):
             prompt_embeds: [L, text_dim]; zero rows behind the prompt are attended like any other.
         """
         hidden = self.condition_embedder.embed_text(prompt_embeds.to(self.device, self.dtype))
-        layers = [cast(Block, block).attn2.project_text(hidden) for block in self.blocks]
+        layers = [block.attn2.project_text(hidden) for block in cast(Iterable[Block], self.blocks)]
         return TextKV(keys=torch.stack([k for k, _ in layers]), values=torch.stack([v for _, v in layers]))
 
     def embed_history(self, history: History) -> HistoryTokens:
@@ -109,8 +145,9 @@ class HeliosTransformer(nn.Module):
 
     def fused_parameters(self) -> Mapping[str, tuple[str, ...]]:
         """Our fused parameters and the checkpoint keys that are stacked along dimension 0 to make them."""
-        fused = {}
-        for index in range(self.config.num_layers):
+        layers = range(self.config.num_layers)
+        fused = {"scale_shift_tables": tuple(f"blocks.{index}.scale_shift_table" for index in layers)}
+        for index in layers:
             for kind in ("weight", "bias"):
                 attn1, attn2 = f"blocks.{index}.attn1", f"blocks.{index}.attn2"
                 fused[f"{attn1}.to_qkv.{kind}"] = tuple(f"{attn1}.{name}.{kind}" for name in ("to_q", "to_k", "to_v"))

@@ -291,7 +291,8 @@ def test_two_tenants_share(model: HeliosModel) -> None:
         await asyncio.gather(*(run(video) for video in (*many, *few)))
         assert max(order.index("few0"), order.index("few1")) <= 6, order
 
-    live(model, test, replace(PATIENT, batching="off"))
+    while_all_are_encoded = Fault(point="dit.step", action="sleep", seconds=2.0)
+    live(model, test, replace(PATIENT, batching="off"), FaultPlan(while_all_are_encoded))
 
 
 def test_what_the_server_cannot_take_is_refused_with_a_time(model: HeliosModel) -> None:

@@ -99,7 +99,7 @@ def test_float32_parameters_stay_under_bfloat16(make_checkpoint: MakeCheckpoint)
         key = module.fused_parameters().get(name, (name,))[0]
         assert parameter.dtype == theirs[key].dtype, name
         assert not parameter.requires_grad
-    assert module.blocks[0].scale_shift_table.dtype == torch.float32
+    assert module.scale_shift_tables.dtype == torch.float32
     assert module.blocks[0].attn1.to_qkv.weight.dtype == torch.bfloat16
     assert not module.training
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import HeliosTransformer3DModel
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from helios_serve.model_executor.history import History
 from helios_serve.model_executor.packing import TokenSequence, pack, unpack
-from helios_serve.model_executor.transformer import HeliosTransformer
+from helios_serve.model_executor.transformer import HeliosTransformer, Shortcuts
 from tests.parity.models import TEXT_DIM, transformer_pair
 
 LIMIT = 1e-5
@@ -127,3 +129,24 @@ def test_history_keeps_row_0_and_each_sequence_has_its_own() -> None:
     assert [part.unique().tolist() for part in row[batch.layout.current_index].split(36)] == [[1], [2], [3]]
     again, _ = pack([_sequence(ours, history, x, t, embeds) for t in (9.0, 8.0, 7.0)], ours.patch)
     assert again.layout is batch.layout
+
+
+@pytest.mark.parametrize("amplify_history", [False, True])
+@torch.inference_mode()
+def test_the_last_block_can_leave_the_history_out(amplify_history: bool) -> None:
+    """In float64, where the order of sums does not show; the history's keys and values must still be there."""
+    exact = copy.deepcopy(transformer_pair(amplify_history=amplify_history)[1]).double()
+    sequences = [
+        _sequence(
+            exact,
+            History(frames=torch.randn(16, 19, *size), first=None),
+            torch.randn(16, 9, *size, dtype=torch.float64),
+            timestep,
+            torch.randn(5, TEXT_DIM),
+        )
+        for size, timestep in (((4, 6), 500.0), ((8, 4), 20.0))
+    ]
+    whole = _flows(exact, sequences)
+    exact.shortcuts = Shortcuts(last_block_skips_history=True)
+    for flow, expected in zip(_flows(exact, sequences), whole, strict=True):
+        torch.testing.assert_close(flow, expected, rtol=1e-12, atol=1e-12)
