@@ -11,6 +11,7 @@ from typing import Literal
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "bfloat16"]
+Offload = Literal["none", "text_encoder", "all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +19,14 @@ class ModelConfig:
     """Which checkpoint runs, and where.
 
     `dtype` is that of the transformer and the text encoder; the VAE runs in float32, as the official pipelines do.
+    offload: what stays in host memory and visits the device layer by layer: nothing, the text encoder, or all that has
+    many layers, for devices of 8 GB.
     """
 
     model: str
     device: Device = "cpu"
     dtype: DType = "float32"
+    offload: Offload = "none"
 
     @property
     def served_name(self) -> str:

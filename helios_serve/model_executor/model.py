@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from helios_serve.config import ModelConfig
+from helios_serve.config import ModelConfig, Offload
 from helios_serve.errors import CheckpointError
 from helios_serve.model_executor.batch import SamplingRules
 from helios_serve.model_executor.checkpoint import load_module, read_config, resolve_checkpoint
@@ -22,17 +22,20 @@ from helios_serve.model_executor.vae import WanVAE
 if TYPE_CHECKING:
     from helios_serve.model_executor.text_encoder import TextEncoder
 
+_HOST = torch.device("cpu")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint whose configuration was read, and where its modules are to run. `dtype` is not the VAE's."""
+    """A checkpoint whose configuration was read, and where its modules are to run. `dtype` is not the VAE's; `offload`
+    says which modules stay in host memory."""
 
     path: Path
     config: CheckpointConfig
     device: torch.device
     dtype: torch.dtype
+    offload: Offload
 
     @property
     def rules(self) -> SamplingRules:
@@ -62,7 +65,11 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
         raise CheckpointError("device cuda: PyTorch sees no CUDA device here; use cpu", param="device")
     path = resolve_checkpoint(config.model)
     return Checkpoint(
-        path=path, config=read_config(path), device=torch.device(config.device), dtype=_DTYPES[config.dtype]
+        path=path,
+        config=read_config(path),
+        device=torch.device(config.device),
+        dtype=_DTYPES[config.dtype],
+        offload=config.offload,
     )
 
 
@@ -73,7 +80,12 @@ def load_transformer(checkpoint: Checkpoint) -> HeliosTransformer:
     """
     config, folder = checkpoint.config.transformer, checkpoint.path / "transformer"
     shortcuts = Shortcuts(last_block_skips_history=checkpoint.device.type != "cpu")
-    return load_module(lambda: HeliosTransformer(config, shortcuts), folder, checkpoint.device, checkpoint.dtype)
+    is_offloaded = checkpoint.offload == "all"
+    home = _HOST if is_offloaded else checkpoint.device
+    transformer = load_module(lambda: HeliosTransformer(config, shortcuts), folder, home, checkpoint.dtype)
+    if is_offloaded:
+        transformer.offload(checkpoint.device)
+    return transformer
 
 
 def load_vae(checkpoint: Checkpoint) -> WanVAE:
@@ -93,7 +105,11 @@ def load_text_encoder(checkpoint: Checkpoint) -> TextEncoder:
     # transformers takes over a second to import, and workers of the other roles start without it.
     from helios_serve.model_executor.text_encoder import TextEncoder
 
-    return TextEncoder.load(checkpoint.path, checkpoint.device, checkpoint.dtype)
+    is_offloaded = checkpoint.offload != "none"
+    text_encoder = TextEncoder.load(checkpoint.path, _HOST if is_offloaded else checkpoint.device, checkpoint.dtype)
+    if is_offloaded:
+        text_encoder.offload(checkpoint.device)
+    return text_encoder
 
 
 def load_model(config: ModelConfig) -> HeliosModel:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ftfy
 import torch
+import torch.nn.functional as F  # noqa: N812
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
@@ -18,6 +19,7 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 from helios_serve.errors import CheckpointError
 from helios_serve.model_executor.checkpoint import load_module, read_json
 from helios_serve.model_executor.model_config import TEXT_ENCODER_FILE
+from helios_serve.model_executor.offload import offload_sequence
 from helios_serve.types import MAX_TEXT_TOKENS
 
 _WHITESPACE = re.compile(r"\s+")
@@ -41,6 +43,7 @@ class TextEncoder:
     def __init__(self, model: UMT5EncoderModel, tokenizer: T5Tokenizer) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._device = model.device
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
@@ -52,6 +55,13 @@ class TextEncoder:
         tokenizer = _load_tokenizer(path / "tokenizer")
         model = load_module(lambda: _build_umt5(umt5, path), path / "text_encoder", device, dtype)
         return cls(model, tokenizer)
+
+    def offload(self, device: torch.device) -> None:
+        """Keeps the model in host memory; its layers visit `device` one by one. Tokens are embedded on the host."""
+        stack = self._model.encoder
+        offload_sequence([*stack.block], device)
+        stack.final_layer_norm.to(device)
+        self._device = device
 
     @property
     def text_dim(self) -> int:
@@ -80,11 +90,13 @@ class TextEncoder:
             raise CheckpointError(
                 f"tokenizer: made the id {max(ids)}; vocab_size of {TEXT_ENCODER_FILE} is {vocab_size}"
             )
-        device = self._model.device
-        num_run = max_tokens if device.type == "cpu" else len(ids)
-        batch = torch.tensor([ids + [self._model.config.pad_token_id] * (num_run - len(ids))], device=device)
-        mask = torch.arange(num_run, device=device)[None] < len(ids)
-        hidden: Tensor = self._model(input_ids=batch, attention_mask=mask.long()).last_hidden_state[0]
+        num_run = max_tokens if self._device.type == "cpu" else len(ids)
+        table = self._model.shared.weight
+        padded = torch.tensor(ids + [self._model.config.pad_token_id] * (num_run - len(ids)), device=table.device)
+        tokens = F.embedding(padded, table).to(self._device)
+        mask = torch.arange(num_run, device=self._device) < len(ids)
+        output = self._model(inputs_embeds=tokens[None], attention_mask=mask[None].long())
+        hidden: Tensor = output.last_hidden_state[0]
         embeds = hidden.new_zeros((max_tokens, hidden.shape[-1]), dtype=self._model.dtype)
         embeds[: len(ids)] = hidden[: len(ids)]
         return embeds

@@ -6,7 +6,7 @@ Knows no rank, no cache policy, no sampler and no request. Architecture: Helios 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -27,6 +27,7 @@ from helios_serve.model_executor.history import (
 )
 from helios_serve.model_executor.layers import Block, ConditionEmbedder, Modulation, OutputNorm, Stream
 from helios_serve.model_executor.model_config import TransformerConfig
+from helios_serve.model_executor.offload import LayerOffload
 from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, patchify
 from helios_serve.model_executor.rope import Grid
 
@@ -56,6 +57,7 @@ class HeliosTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.shortcuts = shortcuts
+        self._offload: LayerOffload[Block] | None = None
         self.patch: Grid = config.patch_size
         self.patch_embedding = self._patch_projection(1)
         self.patch_short = self._patch_projection(1)
@@ -67,8 +69,16 @@ class HeliosTransformer(nn.Module):
         self.norm_out = OutputNorm(config)
         self.proj_out = nn.Linear(config.dim, config.out_channels * self.patch[0] * self.patch[1] * self.patch[2])
 
-    def _block(self, index: int) -> Block:
-        return cast(Block, self.blocks[index])
+    def offload(self, device: torch.device) -> None:
+        """Moves the blocks to host memory, from where they visit `device` one by one, and the rest to `device`."""
+        for child in self.children():
+            if child is not self.blocks:
+                child.to(device)
+        self.scale_shift_tables.data = self.scale_shift_tables.to(device)
+        self._offload = LayerOffload([*cast(Iterable[Block], self.blocks)], device)
+
+    def _each_block(self) -> Iterator[Block]:
+        return iter(cast(Iterable[Block], self.blocks)) if self._offload is None else self._offload.each()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,11 +95,12 @@ class HeliosTransformer(nn.Module):
         layers = [Modulation.of(rows) for rows in kernels.modulation_table(self.scale_shift_tables, time.modulation)]
         stream = Stream(x=x, layout=layout, cross_attention=batch.cross_attention)
         normed = kernels.layer_norm_modulate(x, layers[0].shift, layers[0].scale, layout.row, eps)
+        blocks = self._each_block()
         for index, (own, following) in enumerate(pairwise(layers)):
-            block = self._block(index)
+            block = next(blocks)
             fed = block.feed(stream, block.attn1(normed, batch), text.layer(index), own)
             normed = kernels.gated_residual_norm(x, fed, own.ff_gate, layout.row, following.shift, following.scale, eps)
-        block = self._block(-1)
+        block = next(blocks)
         if self.shortcuts.last_block_skips_history:
             attended, stream = block.attn1.of_current(normed, batch), stream.of_current()
         else:
@@ -114,7 +125,7 @@ class HeliosTransformer(nn.Module):
             prompt_embeds: [L, text_dim]; zero rows behind the prompt are attended like any other.
         """
         hidden = self.condition_embedder.embed_text(prompt_embeds.to(self.device, self.dtype))
-        layers = [block.attn2.project_text(hidden) for block in cast(Iterable[Block], self.blocks)]
+        layers = [block.attn2.project_text(hidden) for block in self._each_block()]
         return TextKV(keys=torch.stack([k for k, _ in layers]), values=torch.stack([v for _, v in layers]))
 
     def embed_history(self, history: History) -> HistoryTokens:

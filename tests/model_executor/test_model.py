@@ -11,6 +11,7 @@ import torch
 
 from helios_serve.config import ModelConfig
 from helios_serve.errors import CheckpointError
+from helios_serve.model_executor.history import empty_history
 from helios_serve.model_executor.model import (
     Checkpoint,
     load_model,
@@ -19,6 +20,7 @@ from helios_serve.model_executor.model import (
     load_vae,
     open_checkpoint,
 )
+from helios_serve.model_executor.packing import TokenSequence, pack
 
 LOADERS: dict[str, Callable[[Checkpoint], object]] = {
     "transformer": load_transformer,
@@ -54,3 +56,23 @@ def test_a_whole_model_is_its_parts(tiny_mid: Path) -> None:
         assert all(torch.equal(value, right.state_dict()[name]) for name, value in ours.state_dict().items())
     assert whole.transformer.dtype == torch.bfloat16
     assert next(whole.vae.parameters()).dtype == torch.float32
+
+
+@torch.inference_mode()
+def test_what_visits_the_device_gives_the_same(tiny_distilled: Path) -> None:
+    home, away = (load_model(ModelConfig(model=str(tiny_distilled), offload=where)) for where in ("none", "all"))
+    embeds = home.text_encoder.encode("a lake at dawn")
+    assert torch.equal(away.text_encoder.encode("a lake at dawn"), embeds)
+    flows = []
+    for transformer in (home.transformer, away.transformer):
+        channels = transformer.config.in_channels
+        generator = torch.Generator().manual_seed(0)
+        sequence = TokenSequence(
+            history=transformer.embed_history(empty_history(channels, 8, 8, torch.device("cpu"))),
+            x=torch.randn(channels, 9, 8, 8, generator=generator),
+            rotary=transformer.current_rotary((9, 4, 4)),
+            timestep=500.0,
+            text=transformer.project_text(embeds),
+        )
+        flows.append(transformer(*pack([sequence], transformer.patch)))
+    assert torch.equal(*flows)
