@@ -20,13 +20,15 @@ class ModelConfig:
 
     `dtype` is that of the transformer and the text encoder; the VAE runs in float32, as the official pipelines do.
     offload: what stays in host memory and visits the device layer by layer: nothing, the text encoder, or all that has
-    many layers, for devices of 8 GB.
+    many layers, for devices of 8 GB. quantize: fp8 rounds the transformer's weights when they are loaded, and its
+    activations as they come; an approximation, experimental until its quality is shown on trained weights.
     """
 
     model: str
     device: Device = "cpu"
     dtype: DType = "float32"
     offload: Offload = "none"
+    quantize: Literal["none", "fp8"] = "none"
 
     @property
     def served_name(self) -> str:

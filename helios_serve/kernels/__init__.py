@@ -2,6 +2,7 @@
 its plain reference without a change to the model."""
 
 from helios_serve.kernels.attention import Segments, attend, attention_scale
+from helios_serve.kernels.fp8 import FP8, quantize_rows, scaled_linear
 from helios_serve.kernels.reference import (
     conv3d,
     gated_residual,
@@ -22,6 +23,7 @@ from helios_serve.kernels.reference import (
 )
 
 __all__ = [
+    "FP8",
     "Segments",
     "attend",
     "attention_scale",
@@ -35,10 +37,12 @@ __all__ = [
     "modulation_table",
     "norm_rope",
     "qk_norm_rope",
+    "quantize_rows",
     "residual_scatter_norm",
     "rgb_to_yuv420",
     "rms_norm",
     "rms_norm_silu",
+    "scaled_linear",
     "to_uint8",
     "vae_rms_norm",
 ]

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from helios_serve.errors import CheckpointError
+from helios_serve.kernels import FP8
 from helios_serve.model_executor.model_config import (
     MODEL_INDEX_FILE,
     SCHEDULER_FILE,
@@ -51,6 +52,7 @@ _HUB_FILES = (
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_FP8_DTYPES = ("F8_E4M3",)
 _CUT_SHORT = ("header too small", "invalid header length", "file not fully covered")
 _MAX_NAMED = 10
 
@@ -177,6 +179,7 @@ class _Slot:
     name: str
     start: int
     shape: tuple[int, ...]
+    is_fp8: bool
 
 
 def _open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -233,7 +236,8 @@ def _slots(module: nn.Module) -> dict[str, _Slot]:
         keys = fused.get(name, (name,))
         rows = parameter.shape[0] // len(keys)
         for index, key in enumerate(keys):
-            slots[key] = _Slot(name=name, start=index * rows, shape=(rows, *parameter.shape[1:]))
+            shape = (rows, *parameter.shape[1:])
+            slots[key] = _Slot(name=name, start=index * rows, shape=shape, is_fp8=parameter.dtype == FP8)
     return slots
 
 
@@ -247,8 +251,8 @@ def _check_keys(folder: Path, module: nn.Module, slots: Mapping[str, _Slot], sto
         shape, dtype = tuple(view.get_shape()), view.get_dtype()
         if shape != slots[key].shape:
             misfits.append(f"{key} is {list(shape)}, must be {list(slots[key].shape)}")
-        elif dtype not in _FLOAT_DTYPES:
-            misfits.append(f"{key} is of type {dtype}, must be one of {', '.join(_FLOAT_DTYPES)}")
+        elif dtype not in (served := _FP8_DTYPES if slots[key].is_fp8 else _FLOAT_DTYPES):
+            misfits.append(f"{key} is of type {dtype}, must be one of {', '.join(served)}")
     problems = [
         f"{len(keys)} {problem}: {_name_some(keys)}"
         for problem, keys in (("missing", missing), ("left over", left_over), ("misfitting", sorted(misfits)))
@@ -261,12 +265,13 @@ def _check_keys(folder: Path, module: nn.Module, slots: Mapping[str, _Slot], sto
 def _read_parameters(
     module: nn.Module, slots: Mapping[str, _Slot], stored: Mapping[str, Any], device: torch.device, dtype: torch.dtype
 ) -> dict[str, nn.Parameter]:
+    """Weights in FP8 stay so: they mean nothing without the scales beside them."""
     named = dict(module.named_parameters())
     in_float32 = {name for name in named if isinstance(module, Loadable) and module.keeps_float32(name)}
-    loaded = {
-        name: torch.empty(parameter.shape, device=device, dtype=torch.float32 if name in in_float32 else dtype)
-        for name, parameter in named.items()
-    }
+    loaded = {}
+    for name, parameter in named.items():
+        own_dtype = torch.float32 if name in in_float32 else FP8 if parameter.dtype == FP8 else dtype
+        loaded[name] = torch.empty(parameter.shape, device=device, dtype=own_dtype)
     for key, slot in slots.items():
         loaded[slot.name].narrow(0, slot.start, slot.shape[0]).copy_(stored[key].get_tensor(key))
     return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in loaded.items()}

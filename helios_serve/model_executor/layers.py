@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from helios_serve import kernels
 from helios_serve.model_executor.model_config import TransformerConfig
 from helios_serve.model_executor.packing import Layout, PackedBatch
+from helios_serve.model_executor.quantize import make_linear, quantize_linears
 
 MAX_HISTORY_SCALE = 10.0
 """Upper end of the amplified history's key scale; the lower end is 1."""
@@ -37,11 +38,11 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Self-attention over history and current tokens, with rotary positions and optionally amplified history keys."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, is_fp8: bool) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.to_qkv = nn.Linear(config.dim, 3 * config.dim)
-        self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
+        self.to_qkv = make_linear(config.dim, 3 * config.dim, is_fp8=is_fp8)
+        self.to_out = nn.ModuleList([make_linear(config.dim, config.dim, is_fp8=is_fp8)])
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
         self.history_key_scale: nn.Parameter | None = None
@@ -89,12 +90,12 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention from current tokens to the prompt, whose keys and values are projected once and passed in."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, is_fp8: bool) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.to_q = nn.Linear(config.dim, config.dim)
+        self.to_q = make_linear(config.dim, config.dim, is_fp8=is_fp8)
         self.to_kv = nn.Linear(config.dim, 2 * config.dim)
-        self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
+        self.to_out = nn.ModuleList([make_linear(config.dim, config.dim, is_fp8=is_fp8)])
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
@@ -116,9 +117,10 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Module):
     """Linear, GELU(tanh), Linear; the module list keeps the checkpoint's parameter names."""
 
-    def __init__(self, dim: int, inner_dim: int) -> None:
+    def __init__(self, dim: int, inner_dim: int, *, is_fp8: bool) -> None:
         super().__init__()
-        self.net = nn.ModuleList([_GeluUp(dim, inner_dim), nn.Identity(), nn.Linear(inner_dim, dim)])
+        down = make_linear(inner_dim, dim, is_fp8=is_fp8)
+        self.net = nn.ModuleList([_GeluUp(dim, inner_dim, is_fp8=is_fp8), nn.Identity(), down])
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] -> [N, D]."""
@@ -127,9 +129,9 @@ class FeedForward(nn.Module):
 
 
 class _GeluUp(nn.Module):
-    def __init__(self, dim: int, inner_dim: int) -> None:
+    def __init__(self, dim: int, inner_dim: int, *, is_fp8: bool) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, inner_dim)
+        self.proj = make_linear(dim, inner_dim, is_fp8=is_fp8)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.gelu_tanh(self.proj(x))
@@ -192,13 +194,19 @@ class Block(nn.Module):
     A norm is computed in the pass that writes its input, so the caller norms for `attn1` and adds what `feed` returns.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    FP8_LINEARS = ("attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    def __init__(self, config: TransformerConfig, *, is_fp8: bool = False) -> None:
         super().__init__()
         self.eps = config.eps
-        self.attn1 = SelfAttention(config)
-        self.attn2 = CrossAttention(config)
+        self.attn1 = SelfAttention(config, is_fp8=is_fp8)
+        self.attn2 = CrossAttention(config, is_fp8=is_fp8)
         self.norm2 = AffineNorm(config.dim, config.eps)
-        self.ffn = FeedForward(config.dim, config.ffn_dim)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, is_fp8=is_fp8)
+
+    def quantize(self) -> None:
+        """Rounds the weights of the linear layers to FP8, but for those of the prompt, which are used once."""
+        quantize_linears(self, self.FP8_LINEARS)
 
     def feed(self, stream: Stream, attended: Tensor, text_kv: tuple[Tensor, Tensor], modulation: Modulation) -> Tensor:
         """All after self-attention but the last residual.

@@ -36,6 +36,7 @@ class Checkpoint:
     device: torch.device
     dtype: torch.dtype
     offload: Offload
+    is_quantized_at_load: bool
 
     @property
     def rules(self) -> SamplingRules:
@@ -70,6 +71,7 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
         device=torch.device(config.device),
         dtype=_DTYPES[config.dtype],
         offload=config.offload,
+        is_quantized_at_load=config.quantize == "fp8",
     )
 
 
@@ -83,6 +85,8 @@ def load_transformer(checkpoint: Checkpoint) -> HeliosTransformer:
     is_offloaded = checkpoint.offload == "all"
     home = _HOST if is_offloaded else checkpoint.device
     transformer = load_module(lambda: HeliosTransformer(config, shortcuts), folder, home, checkpoint.dtype)
+    if checkpoint.is_quantized_at_load and config.fp8_edge_blocks is None:
+        transformer.quantize()
     if is_offloaded:
         transformer.offload(checkpoint.device)
     return transformer

@@ -35,7 +35,10 @@ _DEFAULT_GUIDANCE_SCALE = {"base": 5.0, "mid": 5.0, "distilled": 1.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig:
-    """`transformer/config.json`; the defaults are those of the reference's class."""
+    """`transformer/config.json`; the defaults are those of the reference's class.
+
+    fp8_edge_blocks: the linear layers of all blocks but so many at either end are stored in FP8; None: no block's are.
+    """
 
     CLASS_NAME: ClassVar[str] = "HeliosTransformer3DModel"
 
@@ -53,10 +56,16 @@ class TransformerConfig:
     rope_theta: float = 10000.0
     is_amplify_history: bool = False
     history_scale_mode: HistoryScaleMode = "per_head"
+    fp8_edge_blocks: int | None = None
 
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    def is_fp8(self, block: int) -> bool:
+        """Whether the linear layers of a block are in FP8."""
+        edge = self.fp8_edge_blocks
+        return edge is not None and edge <= block < self.num_layers - edge
 
     @classmethod
     def from_json(cls, config: Mapping[str, object]) -> TransformerConfig:
@@ -88,6 +97,7 @@ class TransformerConfig:
             history_scale_mode=cast(
                 HistoryScaleMode, keys.choice("history_scale_mode", "per_head", ("per_head", "scalar"))
             ),
+            fp8_edge_blocks=keys.positive("fp8_edge_blocks", 1) if "fp8_edge_blocks" in config else None,
         )
         keys.warn_of_unread()
         parsed._check_shapes()

@@ -7,7 +7,7 @@ Knows no rank, no cache policy, no sampler and no request. Architecture: Helios 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
 
@@ -29,9 +29,10 @@ from helios_serve.model_executor.layers import Block, ConditionEmbedder, Modulat
 from helios_serve.model_executor.model_config import TransformerConfig
 from helios_serve.model_executor.offload import LayerOffload
 from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, patchify
+from helios_serve.model_executor.quantize import NUM_EDGE_BLOCKS
 from helios_serve.model_executor.rope import Grid
 
-_FLOAT32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "history_key_scale")
+_FLOAT32_PARTS = ("weight_scale", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "history_key_scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class HeliosTransformer(nn.Module):
         self.patch_mid = self._patch_projection(2)
         self.patch_long = self._patch_projection(4)
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, is_fp8=config.is_fp8(index)) for index in range(config.num_layers))
         self.scale_shift_tables = nn.Parameter(torch.empty(config.num_layers, 6, config.dim))
         self.norm_out = OutputNorm(config)
         self.proj_out = nn.Linear(config.dim, config.out_channels * self.patch[0] * self.patch[1] * self.patch[2])
@@ -159,11 +160,20 @@ class HeliosTransformer(nn.Module):
         layers = range(self.config.num_layers)
         fused = {"scale_shift_tables": tuple(f"blocks.{index}.scale_shift_table" for index in layers)}
         for index in layers:
-            for kind in ("weight", "bias"):
-                attn1, attn2 = f"blocks.{index}.attn1", f"blocks.{index}.attn2"
+            attn1, attn2 = f"blocks.{index}.attn1", f"blocks.{index}.attn2"
+            scales = ("weight_scale",) if self.config.is_fp8(index) else ()
+            for kind in ("weight", "bias", *scales):
                 fused[f"{attn1}.to_qkv.{kind}"] = tuple(f"{attn1}.{name}.{kind}" for name in ("to_q", "to_k", "to_v"))
+            for kind in ("weight", "bias"):
                 fused[f"{attn2}.to_kv.{kind}"] = tuple(f"{attn2}.{name}.{kind}" for name in ("to_k", "to_v"))
         return fused
+
+    def quantize(self, num_edge_blocks: int = NUM_EDGE_BLOCKS) -> None:
+        """Rounds the linear layers of all blocks but `num_edge_blocks` at either end to FP8."""
+        self.config = replace(self.config, fp8_edge_blocks=num_edge_blocks)
+        for index, block in enumerate(cast(Iterable[Block], self.blocks)):
+            if self.config.is_fp8(index):
+                block.quantize()
 
     def keeps_float32(self, name: str) -> bool:
         """Whether a parameter stays float32 under lower precisions, as in the reference."""
