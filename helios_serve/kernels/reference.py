@@ -41,7 +41,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, row: Tensor) -> Tensor:
 
 def modulation_table(tables: Tensor, modulation: Tensor) -> Tensor:
     """How every layer modulates every row: tables [L, 6, D] float32, modulation [R, 6, D] -> [L, R, 6, D] float32."""
-    return tables[:, None] + modulation.to(tables.dtype)
+    return tables[:, None] + modulation
 
 
 def gated_residual_norm(

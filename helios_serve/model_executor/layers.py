@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from helios_serve import kernels
 from helios_serve.model_executor.model_config import TransformerConfig
 from helios_serve.model_executor.packing import Layout, PackedBatch
-from helios_serve.model_executor.quantize import make_linear, quantize_linears
+from helios_serve.model_executor.quantize import Fp8Linear, make_linear, quantize_linears
 
 MAX_HISTORY_SCALE = 10.0
 """Upper end of the amplified history's key scale; the lower end is 1."""
@@ -134,7 +134,9 @@ class _GeluUp(nn.Module):
         self.proj = make_linear(dim, inner_dim, is_fp8=is_fp8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.gelu_tanh(self.proj(x))
+        if isinstance(self.proj, Fp8Linear):
+            return kernels.gelu_tanh(self.proj(x))
+        return kernels.linear_gelu(x, self.proj.weight, self.proj.bias)
 
 
 class AffineNorm(nn.Module):

@@ -188,6 +188,6 @@ def _running_sum(lengths: Iterable[int]) -> tuple[int, ...]:
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:
     """Copies a small host tensor to the device without waiting for it."""
-    if device.type == "cpu":
-        return host
+    if device.type != "cuda":
+        return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)

