@@ -13,10 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from helios_serve.model_executor.history import HistoryTokens
+from helios_serve.model_executor.batch import ChunkInput, ChunkState, SamplingRules
+from helios_serve.model_executor.checkpoint import read_config
+from helios_serve.model_executor.history import HistoryTokens, empty_history
 from helios_serve.model_executor.model_config import TransformerConfig
-from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, TokenSequence, pack
+from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, TokenSequence, pack, unpack
+from helios_serve.model_executor.prompt_schedule import PromptEmbedding
 from helios_serve.model_executor.transformer import HeliosTransformer, Shortcuts
+from helios_serve.types import SamplingParams
 
 CONFIG = TransformerConfig()
 DIM, FFN, LAYERS = CONFIG.dim, CONFIG.ffn_dim, CONFIG.num_layers
@@ -143,3 +147,63 @@ def test_launches_and_bytes(transformer: HeliosTransformer, stages: tuple[int, .
     tokens = noisy + len(stages) * NUM_HISTORY
     budget = LAYERS * (24 * DIM * tokens + 12 * DIM * noisy)
     assert sum(trace.bytes.values()) <= 1.05 * budget, (sum(trace.bytes.values()) / budget, trace.bytes)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Stands for a device whose values never come back: reading one, or copying one to the host, fails."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sources = [value for value in tree_leaves(args) if isinstance(value, Tensor)]
+        targets = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        if any(value.is_meta for value in sources) and not all(value.is_meta for value in targets):
+            raise AssertionError(f"{func} copies from the device to the host")
+        return result
+
+
+def test_a_wait_would_be_seen() -> None:
+    on_device = torch.empty(3, device="meta")
+    with NoWaiting():
+        for wait in (
+            lambda: on_device.sum().item(),
+            lambda: bool(on_device.sum() > 0),
+            lambda: on_device.nonzero(),
+            lambda: on_device.to("cpu"),
+            lambda: torch.empty(3).copy_(on_device),
+        ):
+            with pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
+                wait()
+
+
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+@torch.inference_mode()
+def test_no_step_of_a_chunk_waits_for_the_device(variant: str, request: pytest.FixtureRequest) -> None:
+    config = read_config(request.getfixturevalue(f"tiny_{variant}"))
+    with torch.device("meta"):
+        transformer = HeliosTransformer(config.transformer, Shortcuts(last_block_skips_history=True))
+    transformer = transformer.to(torch.bfloat16).requires_grad_(False)
+    steps = (3,) * (1 if variant == "base" else 3)
+    prompt = PromptEmbedding(key="p", embeds=torch.empty(20, config.transformer.text_dim, device="meta"))
+    chunk = ChunkInput(
+        task_id="t",
+        request_id="r",
+        chunk=0,
+        params=SamplingParams(
+            width=64, height=64, num_frames=33, fps=24, seed=1, steps=steps, guidance_scale=5.0, use_zero_init=True
+        ),
+        prompt=prompt,
+        negative=prompt,
+        history=empty_history(config.transformer.in_channels, 8, 8, torch.device("meta")),
+        generator_state=torch.Generator().get_state().numpy().tobytes(),
+    )
+    rules = SamplingRules(scheduler=config.scheduler, guidance=config.guidance)
+    with NoWaiting():
+        text = transformer.project_text(prompt.embeds)
+        state = ChunkState(chunk, rules, transformer, (text, text))
+        num_steps = 0
+        while not state.is_finished:
+            batch, texts = pack(state.sequences(), transformer.patch)
+            state.advance(unpack(transformer(batch, texts), batch, transformer.patch))
+            num_steps += 1
+    assert num_steps == sum(chunk.params.steps_in(0))
+    assert state.x.is_meta
