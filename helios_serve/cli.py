@@ -9,16 +9,17 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from helios_serve import __version__
+from helios_serve import serve_flags as flags
 from helios_serve.api.keys_cli import keys_app
 from helios_serve.config import Device, DType, ModelConfig
 from helios_serve.errors import HeliosError, InvalidRequestError
 from helios_serve.logs import configure_logging
-from helios_serve.settings import Derive, Flag, assignments, load_settings
+from helios_serve.settings import assignments, load_settings
 from helios_serve.types import Variant
 
 app = typer.Typer(
@@ -28,12 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_app, name="keys")
-EMBEDDED_MODEL = "helios-tiny"
-
-DeviceFlag = Annotated[Device | None, typer.Option(help="cpu or cuda; cuda where PyTorch sees one.")]
-DTypeFlag = Annotated[
-    DType | None, typer.Option(help="float32 or bfloat16, for the transformer and the text encoder; by device.")
-]
 
 
 def main() -> None:
@@ -83,8 +78,8 @@ def generate(
     request: Annotated[
         Path | None, typer.Option(help="JSON file with the fields of the HTTP API; flags override it.")
     ] = None,
-    device: DeviceFlag = None,
-    dtype: DTypeFlag = None,
+    device: flags.DeviceFlag = None,
+    dtype: flags.DTypeFlag = None,
     save_latents: Annotated[
         Path | None, typer.Option(help="safetensors file for the final latents [1, C, 9K, h, w].")
     ] = None,
@@ -96,7 +91,7 @@ def generate(
     from helios_serve.generate import Outputs, generate_to_files
 
     body = {} if request is None else _read_request(request)
-    flags = {
+    typed = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "image": None if image is None else str(image),
@@ -106,7 +101,7 @@ def generate(
         "fps": fps,
         "seed": seed,
     }
-    body |= {key: value for key, value in flags.items() if value is not None}
+    body |= {key: value for key, value in typed.items() if value is not None}
     sampling = {"steps": None if steps is None else _read_steps(steps), "guidance_scale": guidance_scale}
     given = {key: value for key, value in sampling.items() if value is not None}
     if given:
@@ -120,117 +115,48 @@ def generate(
 
 @app.command()
 def serve(
-    model: Annotated[
-        str | None, typer.Argument(help="Checkpoint directory or hub id; a tiny one is made when absent.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with settings; docs/configuration.md lists them.")
-    ] = None,
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen on; without API keys one of this machine only. [127.0.0.1]")
-    ] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [8000]")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="Port of gRPC; none without it.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where jobs, videos and the tiny checkpoint are kept.")] = None,
-    batching: Annotated[
-        Literal["auto", "always", "off"] | None,
-        typer.Option(help="Whether requests share forwards; auto: where it pays. [auto]"),
-    ] = None,
-    max_pack: Annotated[int | None, typer.Option(help="Requests in one forward, at most. [8]")] = None,
-    warmup: Annotated[
-        Literal["none", "default", "all"] | None,
-        typer.Option(help="Recommended sizes to run once before the start. [default]"),
-    ] = None,
-    metrics_alias: Annotated[
-        Literal["vllm"] | None, typer.Option(help="Publish metrics that vLLM has too under its names as well.")
-    ] = None,
-    keys_file: Annotated[
-        Path | None, typer.Option(help="API keys, as `helios-serve keys` writes them; or HELIOS_API_KEYS as text.")
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(help="A web origin whose pages may call; repeatable.")
-    ] = None,
-    media_url_host: Annotated[
-        list[str] | None, typer.Option(help="A host from which media may be fetched; repeatable.")
-    ] = None,
-    webhook_private: Annotated[
-        bool | None, typer.Option("--webhook-private", help="Webhooks may go to addresses that are not public.")
-    ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="PEM file, for HTTP and gRPC; with --tls-key.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
-    database_url: Annotated[
-        str | None, typer.Option(help="postgresql://... for several servers; SQLite in the data directory when absent.")
-    ] = None,
-    blob_url: Annotated[
-        str | None, typer.Option(help="s3://bucket/prefix for videos; the data directory when absent.")
-    ] = None,
-    log_format: Annotated[
-        Literal["json", "text"] | None, typer.Option(help="Of the log; text on a terminal, else json.")
-    ] = None,
-    executor: Annotated[
-        Literal["local", "ray"] | None,
-        typer.Option(help="local: all roles in this process; ray: workers of a cluster. [local]"),
-    ] = None,
-    encoders: Annotated[int | None, typer.Option(help="ray: encoder workers. [1]")] = None,
-    dit_groups: Annotated[int | None, typer.Option(help="ray: DiT groups. [1]")] = None,
-    dit_ranks: Annotated[int | None, typer.Option(help="ray: processes of one DiT group. [1]")] = None,
-    vaes: Annotated[int | None, typer.Option(help="ray: VAE workers. [1]")] = None,
-    gpus_per_encoder: Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 0.25.")] = None,
-    gpus_per_rank: Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 1.")] = None,
-    gpus_per_vae: Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 0.5.")] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="ray: host:port of a running cluster, or auto; without it one is started here.")
-    ] = None,
-    device: DeviceFlag = None,
-    dtype: DTypeFlag = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting, as section.field=value; repeatable.")
-    ] = None,
+    context: typer.Context,
+    model: flags.Model = None,
+    config: flags.ConfigFile = None,
+    host: flags.Host = None,
+    port: flags.Port = None,
+    admin_bind: flags.AdminBind = None,
+    grpc_port: flags.GrpcPort = None,
+    grpc_reflection: flags.GrpcReflection = None,
+    data_dir: flags.DataDir = None,
+    batching: flags.Batching = None,
+    max_pack: flags.MaxPack = None,
+    warmup: flags.Warmup = None,
+    metrics_alias: flags.MetricsAlias = None,
+    keys_file: flags.KeysFile = None,
+    signing_keys_file: flags.SigningKeysFile = None,
+    cors_origin: flags.CorsOrigin = None,
+    media_url_host: flags.MediaUrlHost = None,
+    webhook_private: flags.WebhookPrivate = None,
+    tls_cert: flags.TlsCert = None,
+    tls_key: flags.TlsKey = None,
+    tls_client_ca: flags.TlsClientCa = None,
+    database_url: flags.DatabaseUrl = None,
+    blob_url: flags.BlobUrl = None,
+    log_format: flags.LogFormat = None,
+    executor: flags.Executor = None,
+    encoders: flags.Encoders = None,
+    dit_groups: flags.DitGroups = None,
+    dit_ranks: flags.DitRanks = None,
+    vaes: flags.Vaes = None,
+    gpus_per_encoder: flags.GpusPerEncoder = None,
+    gpus_per_rank: flags.GpusPerRank = None,
+    gpus_per_vae: flags.GpusPerVae = None,
+    ray_address: flags.RayAddress = None,
+    device: flags.DeviceFlag = None,
+    dtype: flags.DTypeFlag = None,
+    settings: flags.Assignments = None,
 ) -> None:
     """Serve over HTTP, and gRPC where it has a port."""
     from helios_serve.server import run_server
 
-    given: dict[str, tuple[str, object]] = {
-        "MODEL": ("model.model", model),
-        "--host": ("server.host", host),
-        "--port": ("server.port", port),
-        "--grpc-port": ("server.grpc_port", grpc_port),
-        "--data-dir": ("server.data_dir", data_dir),
-        "--batching": ("engine.batching", batching),
-        "--max-pack": ("engine.max_pack", max_pack),
-        "--warmup": ("server.warmup", warmup),
-        "--metrics-alias": ("server.metrics_alias", metrics_alias),
-        "--keys-file": ("server.keys_file", keys_file),
-        "--cors-origin": ("server.cors_origins", _listed(cors_origin)),
-        "--media-url-host": ("server.media_url_hosts", _listed(media_url_host)),
-        "--webhook-private": ("server.webhook_private", webhook_private),
-        "--tls-cert": ("server.tls_cert", tls_cert),
-        "--tls-key": ("server.tls_key", tls_key),
-        "--database-url": ("store.database_url", database_url),
-        "--blob-url": ("store.blob_url", blob_url),
-        "--log-format": ("server.log_format", log_format),
-        "--executor": ("executor", executor),
-        "--encoders": ("ray.num_encoders", encoders),
-        "--dit-groups": ("ray.num_dit_groups", dit_groups),
-        "--dit-ranks": ("ray.num_dit_ranks", dit_ranks),
-        "--vaes": ("ray.num_vaes", vaes),
-        "--gpus-per-encoder": ("ray.gpus_per_encoder", gpus_per_encoder),
-        "--gpus-per-rank": ("ray.gpus_per_rank", gpus_per_rank),
-        "--gpus-per-vae": ("ray.gpus_per_vae", gpus_per_vae),
-        "--ray-address": ("ray.address", ray_address),
-        "--device": ("model.device", device),
-        "--dtype": ("model.dtype", dtype),
-    }
-    flags = [Flag(name=name, key=key, value=value) for name, (key, value) in given.items()]
-    derive: dict[str, Derive] = {
-        "model.model": lambda known: _embedded_model(Path(str(known["server.data_dir"]))),
-        "model.device": lambda known: _best_device(),
-        "model.dtype": lambda known: "float32" if known["model.device"] == "cpu" else "bfloat16",
-        "ray.gpus_per_encoder": lambda known: 0.25 * (known["model.device"] == "cuda"),
-        "ray.gpus_per_rank": lambda known: 1.0 * (known["model.device"] == "cuda"),
-        "ray.gpus_per_vae": lambda known: 0.5 * (known["model.device"] == "cuda"),
-    }
-    loaded = load_settings(config, os.environ, [*flags, *assignments(settings or ())], derive)
+    given = [*flags.given(context.params), *assignments(settings or ())]
+    loaded = load_settings(config, os.environ, given, flags.derived())
     configure_logging(loaded.server.log_format)
     run_server(loaded)
 
@@ -242,30 +168,8 @@ def version() -> None:
 
 
 def _model_config(model: str, device: Device | None, dtype: DType | None) -> ModelConfig:
-    chosen: Device = device or _best_device()
-    by_device: DType = "float32" if chosen == "cpu" else "bfloat16"
-    return ModelConfig(model=model, device=chosen, dtype=dtype or by_device)
-
-
-def _best_device() -> Device:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _listed(given: list[str] | None) -> tuple[str, ...] | None:
-    return None if given is None else tuple(given)
-
-
-def _embedded_model(data_dir: Path) -> str:
-    """The tiny Distilled checkpoint in the data directory, made on first use."""
-    from helios_serve.model_executor.tiny_checkpoint import write_tiny_checkpoint
-
-    path = data_dir / "models" / EMBEDDED_MODEL
-    if not (path / "model_index.json").is_file():
-        print(f"making a tiny checkpoint with random weights in {path}", flush=True)
-        write_tiny_checkpoint("distilled", path)
-    return str(path)
+    chosen: Device = device or flags.best_device()
+    return ModelConfig(model=model, device=chosen, dtype=dtype or flags.dtype_of(chosen))
 
 
 def _read_request(path: Path) -> dict[str, object]:

@@ -18,10 +18,11 @@ Offload = Literal["none", "text_encoder", "all"]
 class ModelConfig:
     """Which checkpoint runs, and where.
 
-    `dtype` is that of the transformer and the text encoder; the VAE runs in float32, as the official pipelines do.
-    offload: what stays in host memory and visits the device layer by layer: nothing, the text encoder, or all that has
-    many layers, for devices of 8 GB. quantize: fp8 rounds the transformer's weights when they are loaded, and its
-    activations as they come; an approximation, experimental until its quality is shown on trained weights.
+    model: directory of a checkpoint in the official layout, or its id at the hub. device: where the roles compute.
+    dtype: of the transformer and the text encoder; the VAE runs in float32, as the official pipelines do. offload: what
+    stays in host memory and visits the device layer by layer: nothing, the text encoder, or all that has many layers,
+    for devices of 8 GB. quantize: fp8 rounds the transformer's weights when they are loaded, and its activations as
+    they come; an approximation, experimental until its quality is shown on trained weights.
     """
 
     model: str
@@ -38,15 +39,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Limits of the engine; times in seconds, RELIABILITY.md 6 gives the reasons.
+    """Limits of the engine.
 
     batching: whether chunks of different requests share forwards: where the cost model says that it pays, always, or
-    never. max_pack: requests in one forward. max_requests: accepted and unfinished ones. max_attempts: of one chunk,
-    encoding or decoding. slots_per_vae: chunks that one VAE worker is given at a time (one decodes, one is encoded).
-    ttfc_target_s: first frame of a realtime request. max_queue_wait_s: estimated start beyond which an offline request
-    is refused. age_after_s: when an offline request that gets no service goes first for one chunk. stuck_floor_s,
-    chunk_floor_s, encode_timeout_s, decode_timeout_s: patience with a group before it is condemned. drain_s: what a
-    shutdown gives to running chunks. poison_s: how long poisonous content is refused.
+    never. max_pack: requests in one forward, at most. max_requests: accepted and unfinished requests, at most.
+    max_attempts: of one chunk, encoding or decoding, before the request fails. slots_per_vae: chunks that one VAE
+    worker is given at a time (one decodes, one is encoded). ttfc_target_s: within which a realtime request is to have
+    its first frame. max_queue_wait_s: estimated start beyond which an offline request is refused. age_after_s: when an
+    offline request that gets no service goes first for one chunk. stuck_floor_s: how long a busy group may make no
+    progress before it is condemned, at least; 60 on CPU. chunk_floor_s: how long a chunk may take, at least; 60 on CPU.
+    encode_timeout_s: patience with an encoder; 60 on CPU. decode_timeout_s: patience with a VAE worker; 60 on CPU.
+    drain_s: what a shutdown gives to running chunks. poison_s: how long poisonous content is refused.
     """
 
     batching: Literal["auto", "always", "off"] = "auto"
@@ -81,30 +84,43 @@ class EngineConfig:
 class ServerConfig:
     """Where the server listens and keeps its files, and who may call.
 
-    warmup: sizes that run once before the server is ready. metrics_alias: publish what vLLM's dashboards know under
-    its names too. keys_file, keys: API keys, in a file that is watched and as text; without either only this machine
-    is answered. cors_origins: web pages that may call, such as https://app.example. media_url_hosts: hosts from which
-    images and videos may be fetched, `.example.com` for all below example.com; none by default. webhook_private:
-    webhooks may go to addresses that are not public. grpc_port: gRPC listens there too, 0 takes a free one; None: not
-    at all. tls_cert, tls_key: PEM files for HTTP and gRPC, both or none. tls_client_ca: clients need a certificate of
-    this authority. log_format: None is text on a terminal, else JSON. otel_endpoint: where traces go, as
-    http://host:4318; None makes none.
+    host: address to listen on, for HTTP and gRPC; without API keys one of this machine. port: of HTTP; 0 takes a free
+    one. admin_bind: `host:port` to which /live, /ready, /health, /version and /metrics move, in plain HTTP and without
+    keys; port 0 takes a free one; None leaves them at the main port. data_dir: jobs, videos, caches and secrets, unless
+    section store says otherwise. warmup: recommended sizes that run once before the server greets: none, the default
+    one, or all. metrics_alias: publish what vLLM's dashboards know under its names too. keys_file: API keys, as
+    `helios-serve keys` writes them; the file is watched. keys: API keys as text, in the same form. signing_keys_file:
+    secrets that sign addresses, one a line, the first signs and all verify; the same at every replica; None makes one
+    in the data directory. signing_keys: the same as text, separated by white space or commas. cors_origins: web pages
+    that may call, such as https://app.example. media_url_hosts: hosts from which images and videos may be fetched,
+    `.example.com` for all below example.com; none by default. webhook_private: webhooks may go to addresses that are
+    not public. grpc_port: gRPC listens there too, 0 takes a free one; None: not at all. grpc_reflection: whether gRPC
+    tells its methods to whoever asks; None does on a loopback address only. tls_cert: PEM file for HTTP and gRPC, with
+    all certificates of its chain; together with tls_key. tls_key: PEM file, without a passphrase. tls_client_ca: PEM
+    file; clients need a certificate of this authority, for HTTP and gRPC. content_redirect: finished videos are read
+    from the bucket itself, by a presigned address, instead of through this server. log_format: None is text on a
+    terminal, else JSON. otel_endpoint: where traces go, as http://host:4318; None makes none.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
+    admin_bind: str | None = None
     data_dir: Path
     warmup: Literal["none", "default", "all"] = "default"
     metrics_alias: Literal["vllm"] | None = None
     keys_file: Path | None = None
     keys: str | None = field(default=None, repr=False)
+    signing_keys_file: Path | None = None
+    signing_keys: str | None = field(default=None, repr=False)
     cors_origins: tuple[str, ...] = ()
     media_url_hosts: tuple[str, ...] = ()
     webhook_private: bool = False
     grpc_port: int | None = None
+    grpc_reflection: bool | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    content_redirect: bool = False
     log_format: Literal["json", "text"] | None = None
     otel_endpoint: str | None = None
 
@@ -113,6 +129,16 @@ class ServerConfig:
             raise ValueError(f"port {self.port}: must be 0 to 65535")
         if self.grpc_port is not None and not 0 <= self.grpc_port <= 65535:
             raise ValueError(f"grpc_port {self.grpc_port}: must be 0 to 65535")
+        if self.grpc_port is not None and self.grpc_port == self.port != 0:
+            raise ValueError(f"grpc_port {self.grpc_port}: is that of HTTP too; give each its own")
+        if self.grpc_reflection is not None and self.grpc_port is None:
+            raise ValueError("grpc_reflection: only together with grpc_port")
+        if self.admin_bind is not None:
+            host, port = self.admin_address
+            if port != 0 and host == self.host and port in (self.port, self.grpc_port):
+                raise ValueError(f"admin_bind {self.admin_bind}: is the port of HTTP or gRPC too; give each its own")
+        if self.signing_keys_file is not None and self.signing_keys:
+            raise ValueError("signing_keys and signing_keys_file: give one of them")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key: give both or none")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -122,6 +148,16 @@ class ServerConfig:
                 f"host {self.host}: without API keys the server listens on loopback addresses only; use 127.0.0.1, or "
                 "give keys_file"
             )
+
+    @property
+    def admin_address(self) -> tuple[str, int]:
+        """Host and port of `admin_bind`, which is given. Raises: ValueError when it is no such pair."""
+        assert self.admin_bind is not None
+        host, colon, port = self.admin_bind.rpartition(":")
+        is_bare_v6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
+        if not colon or not host or is_bare_v6 or not port.isdecimal() or int(port) > 65535:
+            raise ValueError(f"admin_bind {self.admin_bind}: must read host:port, such as 127.0.0.1:9090 or [::]:9090")
+        return host.strip("[]"), int(port)
 
     @property
     def has_keys(self) -> bool:
@@ -152,11 +188,13 @@ def _is_address(host: str) -> bool:
 class ExecutorConfig:
     """The workers of a Ray cluster: how many of each role, and what each one may use.
 
-    num_dit_ranks: processes of one DiT group, all on one node. gpus_per_*: a share of one GPU; 0 on CPU.
-    cpus_per_*: cores that Ray sets aside, and compute threads of a CPU worker (at least one).
-    address: of a running cluster, `host:port` or `auto`; None starts one on this machine. object_store_bytes: of a
-    cluster that we start; /dev/shm must hold it. cache_bytes: conditionings that a DiT rank keeps.
-    spawn_timeout_s, load_timeout_s: until a worker's process must answer, and until it must be ready.
+    num_encoders: encoder workers. num_dit_groups: DiT groups, each with the whole transformer. num_dit_ranks: processes
+    of one DiT group, all on one node. num_vaes: VAE workers. gpus_per_*: a share of one GPU; 0 on CPU. cpus_per_*:
+    cores that Ray sets aside, and compute threads of a CPU worker (at least one). address: of a running cluster,
+    `host:port` or `auto`; None starts one on this machine. object_store_bytes: of a cluster that we start; /dev/shm
+    must hold it. cache_bytes: conditionings that a DiT rank keeps. beat_s: between the beats of a worker, which is
+    replaced after 2 s without one. spawn_timeout_s: until a worker's process must answer. load_timeout_s: until it must
+    be ready.
     """
 
     num_encoders: int = 1

@@ -96,3 +96,9 @@ class CheckpointError(HeliosError):
     """A checkpoint that cannot be served: missing, damaged, of another class, or inconsistent."""
 
     status, grpc_status, code, retryable = 500, "FAILED_PRECONDITION", "checkpoint_invalid", False
+
+
+class UnsupportedOperationError(HeliosError):
+    """The model or this server cannot do that (HTTP 501)."""
+
+    status, grpc_status, code, retryable = 501, "UNIMPLEMENTED", "unsupported_operation", False

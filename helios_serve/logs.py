@@ -76,24 +76,30 @@ def formatter(log_format: LogFormat | None, stream: TextIO) -> logging.Formatter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """One answered request. path: without the query. template: of the route. status 499: the client left before any
-    answer. num_bytes: of the answer's body."""
+    """One answered request, one WebSocket from its opening to its end, or one gRPC call.
+
+    method: of HTTP, or `WEBSOCKET` or `GRPC`. path: without the query; of gRPC `/service/method`. template: of the
+    route. status: of HTTP, 499 when the client left before any answer; the code that closed a WebSocket, or the HTTP
+    status that refused it; the name of gRPC's code. num_bytes: of the answer's body, or of all messages that were sent;
+    None where nobody counts.
+    """
 
     method: str
     path: str
     template: str
-    status: int
+    status: int | str
     seconds: float
-    num_bytes: int
+    num_bytes: int | None = None
     client: str | None = None
 
 
 def log_access(access: Access) -> None:
-    """One line for a request, when its answer is complete. Probes and scrapes are told at level DEBUG."""
+    """One line for a request, when its answer is complete, or for a connection or call that ended. Probes and scrapes
+    are told at level DEBUG."""
     level = logging.DEBUG if access.template in PROBES else logging.INFO
     _access.log(
         level,
-        "%s %s %d",
+        "%s %s %s",
         access.method,
         access.path,
         access.status,

@@ -40,6 +40,8 @@ SHORT_ENV = {
     "HELIOS_DATA_DIR": "server.data_dir",
     "HELIOS_API_KEYS": "server.keys",
     "HELIOS_KEYS_FILE": "server.keys_file",
+    "HELIOS_SIGNING_KEYS": "server.signing_keys",
+    "HELIOS_SIGNING_KEYS_FILE": "server.signing_keys_file",
 }
 """Variables with names of their own, beside `HELIOS_<SECTION>_<FIELD>`."""
 

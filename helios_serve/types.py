@@ -60,6 +60,14 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    """From `chunk` on a video has a new history, as if it began there, and draws from a new generator with `seed`."""
+
+    chunk: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Everything numeric about one video, complete: no field is resolved later.
 
@@ -85,6 +93,8 @@ class SamplingParams:
     image_fit: ImageFit = "crop"
     crf: int = 23
     codec: Codec = "h264"
+    restarts: tuple[Restart, ...] = ()
+    """Of a session, rising in their chunks."""
 
     @property
     def num_chunks(self) -> int:
@@ -111,9 +121,17 @@ class SamplingParams:
         """Pixel frames of `chunk` that belong to the finished video; at least one."""
         return min(FRAMES_PER_CHUNK, self.num_output_frames - FRAMES_PER_CHUNK * chunk)
 
+    def start_of(self, chunk: int) -> int:
+        """The chunk that begins the history which `chunk` sees."""
+        return max((restart.chunk for restart in self.restarts if restart.chunk <= chunk), default=0)
+
+    def seed_at(self, chunk: int) -> int | None:
+        """The seed with which `chunk` begins anew; None when it does not."""
+        return next((restart.seed for restart in self.restarts if restart.chunk == chunk), None)
+
     def steps_in(self, chunk: int) -> tuple[int, ...]:
         """Steps per stage of `chunk`; an amplified first chunk takes twice as many."""
-        factor = 2 if self.amplify_first_chunk and chunk == 0 else 1
+        factor = 2 if self.amplify_first_chunk and chunk == self.start_of(chunk) else 1
         return tuple(factor * n for n in self.steps)
 
     @property
@@ -222,9 +240,10 @@ class VideoRequest:
     def pinned_chunk(self, chunk: int) -> int | None:
         """The earlier chunk whose first frame is pinned while `chunk` is made; None while it is the input's, or none
         is."""
-        if self.params.skip_first_chunk and chunk >= 2:
-            return 1
-        return 0 if self.task == "t2v" and chunk >= 1 else None
+        start = self.params.start_of(chunk)
+        if self.params.skip_first_chunk and chunk >= start + 2:
+            return start + 1
+        return start if self.task == "t2v" and chunk > start else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +314,8 @@ class ChunkTask:
 
     trail: latents of the chunks just before, oldest first: as many as the history window reaches, at most three.
     first: latents of the chunk whose first frame is pinned; None while the conditioning's own frame, or none, is.
-    generator_state: before the chunk. parked: the progress of an earlier, parked run of this chunk.
+    generator_state: before the chunk. seed: begins a new generator instead. parked: the progress of an earlier, parked
+    run of this chunk.
     """
 
     task_id: str
@@ -307,6 +327,7 @@ class ChunkTask:
     generator_state: bytes
     parked: TensorRef | None
     predicted_s: float
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,6 +376,24 @@ class GroupUp:
     num_ranks: int
     incarnation: int
     golden: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenCheck:
+    """The golden chunk of a DiT group that is up, made once more.
+
+    expected: its digest when the group came up. found: its digest now; None where it could not be made, and `problem`
+    says why.
+    """
+
+    group: str
+    expected: str | None
+    found: str | None
+    problem: str | None = None
+
+    @property
+    def is_right(self) -> bool:
+        return self.found is not None and self.found == self.expected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

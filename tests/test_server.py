@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -20,8 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import av
+import grpc
 import httpx2
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from helios_serve.api.signed_urls import UrlSigner, signing_keys_from
 
 PROGRAM = Path(sys.executable).with_name("helios-serve")
 START_S = 90
@@ -35,6 +43,7 @@ class Server:
     process: subprocess.Popen[str]
     url: str = ""
     curl: str = ""
+    welcome: str = ""
     errors: list[str] = field(default_factory=list)
 
     def stop(self, number: signal.Signals) -> int:
@@ -55,7 +64,8 @@ def serving(data_dir: Path, *arguments: str) -> Iterator[Server]:
         reader = threading.Thread(target=lambda: server.errors.extend(process.stderr))
         reader.start()
         try:
-            server.url, server.curl = _read_welcome(process)
+            server.welcome = _read_welcome(process)
+            server.url, server.curl = _address_and_command(server.welcome)
             watchdog.cancel()
             yield server
         finally:
@@ -65,14 +75,18 @@ def serving(data_dir: Path, *arguments: str) -> Iterator[Server]:
             print("".join(server.errors)[-4000:])  # shown when a test fails
 
 
-def _read_welcome(process: subprocess.Popen[str]) -> tuple[str, str]:
+def _read_welcome(process: subprocess.Popen[str]) -> str:
     text = ""
     assert process.stdout is not None
     for line in process.stdout:
         text += line
         if "Stop with Ctrl-C" in line:
             break
-    address = re.search(r"at (http://127\.0\.0\.1:\d+)$", text, re.MULTILINE)
+    return text
+
+
+def _address_and_command(text: str) -> tuple[str, str]:
+    address = re.search(r"at (https?://127\.0\.0\.1:\d+)$", text, re.MULTILINE)
     command = re.search(r"curl .*?-o video\.mp4", text, re.DOTALL)
     assert address is not None, text
     assert command is not None, text
@@ -185,17 +199,166 @@ def test_the_greeting_means_that_it_listens(data_dir: Path) -> None:
         assert server.stop(signal.SIGTERM) == 0
 
 
-def test_a_taken_port_is_one_clear_error(data_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--port", "{port}"), r"cannot listen on 127\.0\.0\.1:{port}: .*; choose another --port"),
+        (
+            ("--port", "0", "--grpc-port", "{port}"),
+            r"cannot serve gRPC on 127\.0\.0\.1:{port}: .*; choose another --grpc-port",
+        ),
+        (
+            ("--port", "0", "--admin-bind", "127.0.0.1:{port}"),
+            r"cannot listen on 127\.0\.0\.1:{port}: .*; choose another --admin-bind",
+        ),
+        (("--port", "0", "--tls-cert", "/no/such", "--tls-key", __file__), r"TLS file /no/such: No such file.*"),
+        (("--port", "0", "--tls-cert", __file__, "--tls-key", __file__), r"tls_cert .*: .*; give PEM files .*"),
+    ],
+)
+def test_what_cannot_be_had_is_one_clear_error_before_the_model_is_looked_at(
+    tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
     with socket_on_free_port() as port:
+        words = [word.format(port=port) for word in options]
         done = subprocess.run(
-            [str(PROGRAM), "serve", "--port", str(port), "--data-dir", str(data_dir)],
+            [str(PROGRAM), "serve", "/no/such/model", "--data-dir", str(tmp_path), *words],
             capture_output=True,
             text=True,
             timeout=START_S,
         )
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert re.fullmatch(rf"error: cannot listen on 127\.0\.0\.1:{port}: .*; choose another --port", line)
+    assert re.fullmatch("error: " + message.format(port=port), line)
+
+
+def test_probes_have_a_port_of_their_own_that_answers_until_the_end(data_dir: Path) -> None:
+    with (
+        serving(data_dir, "--admin-bind", "127.0.0.1:0", "--warmup", "none") as server,
+        ThreadPoolExecutor(1) as clients,
+    ):
+        admin = _found(r"Probes and metrics: (http://127\.0\.0\.1:\d+)", server.welcome)
+        assert httpx2.get(f"{server.url}/live").status_code == 404
+        assert httpx2.get(f"{server.url}/docs").status_code == 200
+        assert httpx2.get(f"{admin}/ready").status_code == 200
+        deep = httpx2.get(f"{admin}/health", params={"deep": 1}, timeout=60)
+        assert (deep.status_code, [group["status"] for group in deep.json()["groups"]]) == (200, ["ok"])
+        running = clients.submit(make, server, num_frames=1320, prompt="admin")
+        until(server, lambda newest: newest["prompt"] == "admin" and chunks_done(newest) >= 1)
+        assert httpx2.get(f"{admin}/health", params={"deep": 1}, timeout=60).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        seen: list[tuple[int, int]] = []
+        while (pair := _probed(admin)) is not None:
+            seen.append(pair)
+        assert server.process.wait(timeout=STOP_S) == 0
+        assert running.result().json()["error"]["code"] == "draining"
+    drained = [pair for pair in seen if pair != (200, 200)]
+    assert drained, "the server was gone before it said that it goes"
+    assert set(drained) == {(503, 200)}
+    assert "Traceback" not in "".join(server.errors)
+
+
+def _probed(admin: str) -> tuple[int, int] | None:
+    """/ready and /live; None when nobody answers any more."""
+    try:
+        return httpx2.get(f"{admin}/ready").status_code, httpx2.get(f"{admin}/live").status_code
+    except httpx2.TransportError:
+        return None
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, text
+    return match[1]
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate of this machine, which is its own authority, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", names, "-keyout", key, "-out", cert],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key
+
+
+def test_tls_with_client_certificates_and_signing_keys_of_all_replicas(
+    data_dir: Path, tmp_path: Path, pem: tuple[Path, Path]
+) -> None:
+    """HTTP, a WebSocket and gRPC, as their own clients see them. One test, as each start takes seconds."""
+    cert, key = map(str, pem)
+    (signing := tmp_path / "signing").write_text(f"{'b' * 32}\n{'a' * 32}\n")
+    signing.chmod(0o600)
+    tls = ("--tls-cert", cert, "--tls-key", key, "--tls-client-ca", cert, "--admin-bind", "127.0.0.1:0")
+    with serving(
+        data_dir,
+        *tls,
+        "--grpc-port",
+        "0",
+        "--warmup",
+        "none",
+        "--signing-keys-file",
+        str(signing),
+        "--log-format",
+        "json",
+    ) as server:
+        assert server.url.startswith("https://")
+        stranger = ssl.create_default_context(cafile=cert)
+        friend = ssl.create_default_context(cafile=cert)
+        friend.load_cert_chain(cert, key)
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"{server.url}/v1/models", verify=stranger)
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"{server.url}/v1/models", verify=ssl.create_default_context())
+        with httpx2.Client(verify=friend, timeout=60) as client:
+            assert client.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "helios-tiny"
+            body = {"prompt": "a fox", "num_frames": 33, "size": "64x64"}
+            video = client.post(f"{server.url}/v1/videos/generations", json=body).json()
+            assert num_frames(client.get(f"{server.url}/v1/videos/{video['id']}/content").content) == 33
+            at = f"{server.url}/v1/videos/{video['id']}/content"
+            for secrets, status in (("a" * 32, 200), ("b" * 32, 200), ("c" * 32, 401)):
+                token = UrlSigner(signing_keys_from(secrets)).sign(video["id"], "content", time.time())
+                assert client.get(at, params={"token": token}).status_code == status
+        admin = _found(r"Probes and metrics: (http://127\.0\.0\.1:\d+)", server.welcome)
+        assert httpx2.get(f"{admin}/ready").status_code == 200
+        with (
+            pytest.raises(ConnectionClosed),
+            connect(f"wss{server.url[5:]}/v1/realtime/video", ssl=friend, proxy=None) as websocket,
+        ):
+            websocket.send("no message")
+            _read_all(websocket)
+        address = _found(r"gRPC: (127\.0\.0\.1:\d+)", server.welcome)
+        pair = (Path(key).read_bytes(), Path(cert).read_bytes())
+        root = Path(cert).read_bytes()
+        assert _listed(address, grpc.ssl_channel_credentials(root, *pair)) == grpc.StatusCode.OK
+        assert _listed(address, grpc.ssl_channel_credentials(root)) == grpc.StatusCode.UNAVAILABLE
+        assert server.stop(signal.SIGTERM) == 0
+    lines = [json.loads(line) for line in server.errors]
+    told = [line["message"] for line in lines if line["logger"] == "helios_serve.access"]
+    assert any(message.startswith("WEBSOCKET /v1/realtime/video 4") for message in told)
+    assert "GRPC /helios.video.v1.VideoGenerationService/ListModels OK" in told
+    assert not [line for line in lines if line["level"] in ("error", "critical")]
+    assert "token=" not in "".join(told)
+
+
+def _read_all(websocket: ClientConnection) -> None:
+    while True:
+        websocket.recv(timeout=20)
+
+
+def _listed(address: str, credentials: grpc.ChannelCredentials) -> grpc.StatusCode:
+    with grpc.secure_channel(address, credentials, (("grpc.enable_http_proxy", 0),)) as channel:
+        call: Any = channel.unary_unary("/helios.video.v1.VideoGenerationService/ListModels")
+        try:
+            call(b"", timeout=10)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+    return grpc.StatusCode.OK
 
 
 @contextmanager

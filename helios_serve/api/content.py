@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from helios_serve.api.jobs import StoredVideo
 from helios_serve.errors import HeliosError
@@ -39,7 +39,7 @@ def video_response(request: Request, video: StoredVideo, read: Read, headers: Ma
         "cache-control": _CACHE,
         **headers,
     }
-    if _client_has(request.headers.get("if-none-match"), video.etag):
+    if client_has(request, video):
         return Response(status_code=304, headers=common)
     wanted = request.headers.get("range")
     if wanted is not None and request.headers.get("if-range") in (None, video.etag):
@@ -56,6 +56,20 @@ def video_response(request: Request, video: StoredVideo, read: Read, headers: Ma
     return StreamingResponse(
         read(video, served.start, served.stop), status_code=status, headers=common, media_type="video/mp4"
     )
+
+
+def redirect(url: str, headers: Mapping[str, str]) -> Response:
+    """302 to the blob store. The address is good for a while only, so nobody keeps it."""
+    return RedirectResponse(url, status_code=302, headers={"cache-control": "no-store", **headers})
+
+
+def client_has(request: Request, video: StoredVideo) -> bool:
+    """Whether If-None-Match names the video."""
+    header = request.headers.get("if-none-match")
+    if header is None:
+        return False
+    tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
+    return video.etag in tags or "*" in tags
 
 
 def whole_video(video: StoredVideo, read: Read, headers: Mapping[str, str]) -> Response:
@@ -86,10 +100,3 @@ def parse_range(header: str, num_bytes: int) -> range | None:
     if start >= num_bytes:
         raise RangeNotSatisfiableError(header, num_bytes)
     return range(start, stop)
-
-
-def _client_has(header: str | None, etag: str) -> bool:
-    if header is None:
-        return False
-    tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
-    return etag in tags or "*" in tags

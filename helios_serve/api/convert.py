@@ -30,13 +30,15 @@ _BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a caller may ask for. `model_aliases` are further names of the served checkpoint, e.g. its hub id."""
+    """What a caller may ask for. model_aliases: further names of the served checkpoint, e.g. its hub id.
+    webhook_schemes: of a job's own webhook."""
 
     max_frames: int = 7260
     max_b64_frames: int = 726
     max_prompts: int = 64
     max_expires_after_s: int = 7 * 86_400
     model_aliases: tuple[str, ...] = ()
+    webhook_schemes: tuple[str, ...] = ("https",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,8 @@ class ParsedRequest:
     queue_timeout_s: float | None
     webhook_url: str | None
     expires_after_s: float | None
+    patience_s: float | None = None
+    """How long the caller waits for the whole video; None: as long as it takes, or not at all."""
 
 
 def parse_generation(
@@ -79,7 +83,7 @@ def parse_generation(
     named = read_body(body)
     fields = named.fields
     warnings: Warnings = []
-    _check_model(named, model, limits)
+    check_model(named.fields.model, model, limits)
     _check_handling(named, limits)
     _check_outputs(named)
     _check_media(named, warnings)
@@ -139,8 +143,8 @@ def new_video_id() -> str:
     return "video_" + "".join(_BASE32[value >> shift & 31] for shift in range(125, -1, -5))
 
 
-def _check_model(named: NamedBody, model: ModelInfo, limits: Limits) -> None:
-    asked = named.fields.model
+def check_model(asked: str | None, model: ModelInfo, limits: Limits) -> None:
+    """Raises: NotFoundError when a request names a model that is not served."""
     if asked is not None and asked != model.name and asked not in limits.model_aliases:
         raise NotFoundError(
             f"model {shown(asked)}: not served here; served: {model.name}", param="model", code="model_not_found"
@@ -166,9 +170,12 @@ def _check_handling(named: NamedBody, limits: Limits) -> None:
         raise InvalidRequestError(
             f"{name} {body.expires_after}: must be {MIN_EXPIRY_S} to {limits.max_expires_after_s} seconds", param=name
         )
-    if body.webhook_url is not None and re.fullmatch(r"https://[^\s/]+\S{0,2000}", body.webhook_url) is None:
+    schemes = limits.webhook_schemes
+    url = rf"({'|'.join(schemes)})://[^\s/]+\S{{0,2000}}"
+    if body.webhook_url is not None and re.fullmatch(url, body.webhook_url) is None:
         name = named.name("webhook_url")
-        raise InvalidRequestError(f"{name} {shown(body.webhook_url)}: must be an https URL", param=name)
+        right = f"an {' or '.join(schemes)} URL"
+        raise InvalidRequestError(f"{name} {shown(body.webhook_url)}: must be {right}", param=name)
 
 
 def _check_outputs(named: NamedBody) -> None:

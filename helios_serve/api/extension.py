@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from helios_serve.api.convert import Limits, check_model
 from helios_serve.api.intake import Extension
-from helios_serve.api.names import shown
-from helios_serve.api.schemas import MAX_PROMPT_CHARS, VideoReference
-from helios_serve.errors import InvalidRequestError
-
-Body = TypeVar("Body", bound=BaseModel)
+from helios_serve.api.json_body import validated
+from helios_serve.api.schemas import MAX_PROMPT_CHARS, VideoInput
+from helios_serve.errors import InvalidRequestError, UnsupportedOperationError
+from helios_serve.types import ModelInfo
 
 
 class RemixBody(BaseModel):
@@ -29,7 +28,7 @@ class ExtensionBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARS)
-    video: VideoReference
+    video: VideoInput
     model: str | None = None
     seconds: float | None = Field(default=None, gt=0, le=86_400)
     num_frames: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -41,42 +40,31 @@ def parse_remix(body: Mapping[str, object]) -> str:
 
     Raises: InvalidRequestError with the field at fault.
     """
-    return _read(RemixBody, body).prompt
+    return validated(RemixBody, body).prompt
 
 
-def parse_extension(body: Mapping[str, object]) -> tuple[str, Extension]:
+def parse_extension(body: Mapping[str, object], model: ModelInfo, limits: Limits) -> tuple[str, Extension]:
     """The id of the video that is continued, and what is added.
 
-    Raises: InvalidRequestError with the field at fault.
+    Raises: InvalidRequestError with the field at fault; NotFoundError for another model; UnsupportedOperationError for
+    a video that was not made here.
     """
-    fields = _read(ExtensionBody, body)
+    fields = validated(ExtensionBody, body)
+    check_model(fields.model, model, limits)
+    if fields.video.video_url is not None or fields.video.file_id is not None:
+        raise UnsupportedOperationError(
+            'video: only an own finished video can be extended, {"id": "video_..."}; for the new part alone, send this '
+            "one as video to /v1/videos",
+            param="video",
+        )
     if fields.video.id is None:
         raise InvalidRequestError(
-            'video: only an own finished video can be extended, {"id": "video_..."}; to continue another one, send it '
-            "as video to /v1/videos",
-            param="video",
-            code="missing_required_parameter",
+            'video: required, as {"id": "video_..."}', param="video", code="missing_required_parameter"
         )
     return fields.video.id, Extension(
         prompt=fields.prompt,
         num_frames=fields.num_frames,
         seconds=fields.seconds,
         transition_chunks=fields.transition_chunks,
+        max_frames=limits.max_frames,
     )
-
-
-def _read(kind: type[Body], body: Mapping[str, object]) -> Body:
-    try:
-        return kind.model_validate(dict(body))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(first["type"])
-        problem = "required" if first["type"] == "missing" else _problem(first)
-        raise InvalidRequestError(f"{name}: {problem}", param=name, code=code) from None
-
-
-def _problem(detail: Any) -> str:
-    if detail["type"] == "extra_forbidden":
-        return "unknown parameter"
-    return f"{shown(detail['input'])}: {detail['msg'].lower()}"

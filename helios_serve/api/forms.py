@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from python_multipart import MultipartParser
@@ -22,6 +22,7 @@ from starlette.requests import Request
 from helios_serve.api.http_request import strict_json
 from helios_serve.api.names import shown
 from helios_serve.api.schemas import (
+    ALSO_IN_HELIOS,
     FIELD_ALIASES,
     FILE_MARK,
     HELIOS_ALIASES,
@@ -359,4 +360,7 @@ def _refused(name: str, path: tuple[str, ...], problem: str, code: str | None = 
 _UNKNOWN = _Target()
 _SCHEMA = GenerationBody.model_json_schema()
 _BODY = _read_schema({key: value for key, value in _SCHEMA.items() if key != "$defs"}, _SCHEMA["$defs"])
-_HELIOS = _BODY.keys["helios"]
+_HELIOS = replace(
+    _BODY.keys["helios"],
+    keys={**_BODY.keys["helios"].keys, **{name: _BODY.keys[name] for name in ALSO_IN_HELIOS}},
+)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,11 +22,11 @@ from helios_serve.api.extension import parse_extension, parse_remix
 from helios_serve.api.forms import FORM_TYPE
 from helios_serve.api.http_request import origin_of, preferred_wait_s, read_timeout_s, wants_mp4
 from helios_serve.api.jobs import Created, Job, StoredVideo, generation_object, video_object
-from helios_serve.api.routes import GENERATIONS, VIDEOS, Desk, error_answers, poll_headers
+from helios_serve.api.pages import error_answers
+from helios_serve.api.routes import GENERATIONS, VIDEOS, Desk, poll_headers
 from helios_serve.api.service import Attachment
-from helios_serve.api.session import UnsupportedOperationError
 from helios_serve.api.streaming import STREAM_HEADERS, ServerSentEvents, fmp4
-from helios_serve.errors import InvalidRequestError
+from helios_serve.errors import InvalidRequestError, UnsupportedOperationError
 
 SYNC = "/v1/videos/sync"
 _EXAMPLE = {"prompt": "A lighthouse in a storm, waves breaking over the rocks", "num_frames": 33, "seed": 42}
@@ -68,7 +69,7 @@ def add_generation_routes(app: FastAPI, desk: Desk) -> None:
         methods=["POST"],
         summary="Continue a finished video",
         response_model=schemas.Video,
-        responses={**errors, **error_answers(409)},
+        responses={**errors, **error_answers(409, 501)},
         openapi_extra={"requestBody": _request_body("ExtensionBody", None)},
     )
     app.add_api_route(
@@ -106,7 +107,7 @@ class _Routes:
         parsed = await self._desk.parsed(await self._desk.body(request), caller)
         wait_s = 0.0 if parsed.is_async else preferred_wait_s(request)
         if wait_s is None and not parsed.stream:
-            self._check_patience(request, parsed)
+            parsed = replace(parsed, patience_s=self._patience_s(request, parsed))
         created = await self._service.create(caller, parsed, origin_of(request, "generate"))
         job, headers = created.job, _created_headers(created)
         if parsed.stream:
@@ -126,8 +127,8 @@ class _Routes:
         item = await self._item(request, job, video, parsed)
         return JSONResponse(generation_object(job, item).model_dump(), headers=headers)
 
-    def _check_patience(self, request: Request, parsed: ParsedRequest) -> None:
-        """Refuses what the client would give up on before it is done."""
+    def _patience_s(self, request: Request, parsed: ParsedRequest) -> float | None:
+        """How long the client waits, if it says so; refuses what it would give up on if that ran at once."""
         limit_s, params = read_timeout_s(request), parsed.request.params
         needed_s = params.num_output_frames / self._service.generated_fps(params)
         if limit_s is not None and needed_s > limit_s:
@@ -136,6 +137,7 @@ class _Routes:
                 f"{limit_s:.0f} s; send Prefer: respond-async, or stream",
                 code="sync_too_long",
             )
+        return limit_s
 
     def _streamed(
         self, request: Request, caller: Caller, created: Created, parsed: ParsedRequest, *, as_mp4: bool
@@ -196,7 +198,8 @@ class _Routes:
 
     async def extend(self, request: Request) -> Response:
         caller = await self._desk.access.caller(request, "generate")
-        video_id, extension = parse_extension(await self._desk.body(request))
+        body = await self._desk.body(request)
+        video_id, extension = parse_extension(body, self._service.model, self._desk.settings.limits)
         created = await self._service.extend(caller, video_id, extension, origin_of(request, "extend"))
         return self._desk.video(request, created.job, _created_headers(created))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -12,20 +11,20 @@ from helios_serve.api.auth import Authenticator, Caller, grpc_peer_host, require
 from helios_serve.api.keys import Scope
 from helios_serve.api.limits import Limiter
 from helios_serve.errors import InvalidRequestError
+from helios_serve.tracing import TraceContext, context_from
 
 MAX_KEY_CHARS = 255
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallHeaders:
-    """What a call's metadata says. request_id: the caller's, or a new one. traceparent: None unless it is one of W3C's
-    trace context."""
+    """What a call's metadata says. request_id: the caller's, or a new one. trace: the caller's place in a trace, if it
+    names a valid one."""
 
     request_id: str
     authorization: str | None
     idempotency_key: str | None
-    traceparent: str | None
+    trace: TraceContext | None
 
     def checked_key(self) -> str | None:
         """The idempotency key. Raises InvalidRequestError for one of no or too many characters."""
@@ -42,12 +41,11 @@ def read_headers(metadata: Iterable[tuple[str, str | bytes]]) -> CallHeaders:
     for name, value in metadata:
         if isinstance(value, str):
             found.setdefault(name, value)
-    traceparent = found.get("traceparent", "")
     return CallHeaders(
         request_id=_request_id(found.get("x-request-id")),
         authorization=found.get("authorization"),
         idempotency_key=found.get("idempotency-key"),
-        traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else None,
+        trace=context_from(found),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from helios_serve.api.auth import AccessError, Caller
+from helios_serve.api.auth import AccessError, Caller, grpc_peer_host
 from helios_serve.api.grpc_access import CallHeaders, GrpcAccess, read_headers
 from helios_serve.api.grpc_errors import status_code, status_message, trailers
 from helios_serve.api.grpc_wire import parse_message
@@ -28,13 +29,15 @@ from helios_serve.api.intake import draining
 from helios_serve.api.keys import Scope
 from helios_serve.api.middleware import InternalError
 from helios_serve.errors import HeliosError, InvalidRequestError
-from helios_serve.logs import bind_request_id
+from helios_serve.logs import Access, bind_request_id, log_access
 from helios_serve.telemetry import AUTH_FAILURES, Metrics
+from helios_serve.tracing import NoTracing, Span, Tracing, bind_context
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
+_CODES: Mapping[str, int] = {code.name: code.value[0] for code in grpc.StatusCode}
 END_S = 1.0
 """What a call that is ended gets to say so."""
 
@@ -86,11 +89,12 @@ Method = UnaryMethod | StreamMethod | DialogueMethod
 
 
 class Boundary:
-    """One for each server."""
+    """One for each server. Every call leaves a count, a line in the log and a span."""
 
-    def __init__(self, access: GrpcAccess, metrics: Metrics) -> None:
+    def __init__(self, access: GrpcAccess, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._access = access
         self._metrics = metrics
+        self._tracing = NoTracing() if tracing is None else tracing
         self._is_refusing = False
         self._running: dict[asyncio.Task[Any], Call | None] = {}
         self._dialogues: set[Call] = set()
@@ -164,7 +168,8 @@ class Boundary:
         headers, status = read_headers(context.invocation_metadata() or ()), "OK"
         call: Call | None = None
         self._running[task] = None
-        with bind_request_id(headers.request_id):
+        record = self._begin(name, headers, context)
+        with bind_request_id(headers.request_id), bind_context(record.span.context):
             try:
                 await context.send_initial_metadata((("x-request-id", headers.request_id),))
                 if self._is_refusing:
@@ -188,18 +193,50 @@ class Boundary:
                 raise asyncio.CancelledError from None
             except Exception:
                 status = InternalError.grpc_status
-                logger.exception("%s failed; traceparent %s", name, headers.traceparent)
+                logger.exception("%s failed", name)
                 await _abort(
                     context, InternalError("a defect of the server; its log has the cause under this call's id")
                 )
             finally:
                 del self._running[task]
-                service, _, method = name.rpartition(".")
-                self._metrics.grpc_request(service, method, status)
+                record.end(self._metrics, status)
+
+    def _begin(self, name: str, headers: CallHeaders, context: Context) -> _Record:
+        service, _, method = name.rpartition(".")
+        span = self._tracing.begin(
+            f"{service}/{method}",
+            parent=headers.trace,
+            kind="server",
+            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": method},
+        )
+        return _Record(
+            service=service, method=method, span=span, peer=grpc_peer_host(context.peer()), started_s=time.monotonic()
+        )
 
     def _note_refusal(self, error: HeliosError) -> None:
         if isinstance(error, AccessError) and error.code in AUTH_FAILURES:
             self._metrics.auth_failed(error.code)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Record:
+    """What is told of a call when it has ended."""
+
+    service: str
+    method: str
+    span: Span
+    peer: str
+    started_s: float
+
+    def end(self, metrics: Metrics, status: str) -> None:
+        metrics.grpc_request(self.service, self.method, status)
+        path, seconds = f"/{self.service}/{self.method}", time.monotonic() - self.started_s
+        log_access(
+            Access(method="GRPC", path=path, template=path, status=status, seconds=seconds, client=self.peer or None)
+        )
+        code = _CODES[status]
+        is_fault = status in ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNIMPLEMENTED", "DEADLINE_EXCEEDED")
+        self.span.end(error=status if is_fault else None, attributes={"rpc.grpc.status_code": code})
 
 
 async def undone_if_left(work: Awaitable[T], undo: Callable[[T], Awaitable[None]]) -> T:

@@ -16,9 +16,9 @@ from helios_serve.api.auth import Caller, require
 from helios_serve.api.jobs import Page, State
 from helios_serve.api.proto.helios.video.v1 import video_generation_pb2 as pb
 from helios_serve.api.schemas import UploadedMedia
-from helios_serve.api.session import Action, UnsupportedOperationError
+from helios_serve.api.session import Action
 from helios_serve.api.video_files import Still
-from helios_serve.errors import HeliosError, InvalidRequestError
+from helios_serve.errors import HeliosError, InvalidRequestError, UnsupportedOperationError
 
 STATUSES: dict[State, pb.VideoStatus] = {
     "queued": pb.VIDEO_STATUS_QUEUED,

@@ -22,13 +22,16 @@ from helios_serve.api.grpc_access import GrpcAccess
 from helios_serve.api.grpc_boundary import Boundary
 from helios_serve.api.grpc_service import GrpcDesk, GrpcMethods
 from helios_serve.api.grpc_session import GrpcSessions
+from helios_serve.api.probes import Pulse
 from helios_serve.api.proto.helios.video.v1 import video_generation_pb2 as pb
 from helios_serve.errors import HeliosError
 from helios_serve.telemetry import Metrics
+from helios_serve.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["VideoGenerationService"]
+_SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 READY_POLL_S = 0.5
 STOP_S = 1.0
 
@@ -82,17 +85,28 @@ class GrpcSettings:
 class GrpcServer:
     """One for each process: `start`, then `drain` and `stop`. All on one event loop.
 
-    Health: "" is always SERVING; the service is while the video service is ready and `set_ready` says nothing else.
+    Health: "" is SERVING while the process lives, as `pulse` says; the service is while the video service is ready and
+    `set_ready` says nothing else.
     """
 
-    def __init__(self, desk: GrpcDesk, access: GrpcAccess, metrics: Metrics, settings: GrpcSettings) -> None:
+    def __init__(
+        self,
+        desk: GrpcDesk,
+        access: GrpcAccess,
+        metrics: Metrics,
+        settings: GrpcSettings,
+        *,
+        pulse: Pulse | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._service = desk.service
         self._settings = settings
-        self._boundary = Boundary(access, metrics)
+        self._pulse = Pulse() if pulse is None else pulse
+        self._boundary = Boundary(access, metrics, tracing)
         self._methods = {**GrpcMethods(desk).table(), "Session": GrpcSessions(desk).method()}
         self._health = _Health()
         self._is_allowed = True
-        self._is_serving: bool | None = None
+        self._shown: dict[str, bool] = {}
         self._server: grpc.aio.Server | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -113,7 +127,7 @@ class GrpcServer:
             names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
         port = _listen(server, self._settings)
-        await self._show_ready()
+        await self._show()
         await server.start()
         self._server = server
         self._watching = asyncio.create_task(self._watch_ready())
@@ -122,7 +136,7 @@ class GrpcServer:
     async def set_ready(self, is_ready: bool) -> None:
         """False shows NOT_SERVING whatever the video service says."""
         self._is_allowed = is_ready
-        await self._show_ready()
+        await self._show()
 
     async def drain(self, grace_s: float) -> None:
         """Shows NOT_SERVING, refuses new calls, and ends all others: sessions at once, the rest when they do not end by
@@ -143,19 +157,18 @@ class GrpcServer:
     async def _watch_ready(self) -> None:
         while True:
             await asyncio.sleep(READY_POLL_S)
-            await self._show_ready()
+            await self._show()
 
-    async def _show_ready(self) -> None:
-        is_serving = self._is_allowed and self._service.is_ready()
-        if is_serving != self._is_serving:
-            status = (
-                health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-            )
+    async def _show(self) -> None:
+        is_ready = self._is_allowed and self._service.is_ready()
+        for name, is_serving in {"": not self._pulse.problems(), SERVICE.full_name: is_ready}.items():
+            if is_serving == self._shown.get(name):
+                continue
             # A watcher that reads nothing holds the others up; the next look tries again.
             with suppress(TimeoutError):
                 async with asyncio.timeout(STOP_S):
-                    await self._health.set(SERVICE.full_name, status)
-                    self._is_serving = is_serving
+                    await self._health.set(name, _SERVING if is_serving else _NOT_SERVING)
+                    self._shown[name] = is_serving
 
 
 class _Health(health.aio.HealthServicer):

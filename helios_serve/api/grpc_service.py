@@ -247,7 +247,7 @@ class GrpcMethods:
         check_nothing_beside(request, frozenset({"spec", "extend_video_id"}), "", reason)
         check_nothing_beside(request.spec, frozenset({"model", "prompt", "num_frames", "seconds"}), "spec.", reason)
         body = {**generation_body(request.spec), "video": {"id": request.extend_video_id}}
-        video_id, extension = parse_extension(body)
+        video_id, extension = parse_extension(body, self._service.model, self._desk.limits)
         with named("id", "extend_video_id"):
             return await self._service.extend(call.caller, video_id, extension, _origin(call, "extend"))
 

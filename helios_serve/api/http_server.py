@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,9 +25,10 @@ from helios_serve.api.files import FileService
 from helios_serve.api.generation_routes import SYNC, add_generation_routes
 from helios_serve.api.http_access import client_secret_router
 from helios_serve.api.middleware import BodyLimit, HeadLimit, RequestBoundary, RequestCount, SendLimit, error_response
+from helios_serve.api.probes import Probes
 from helios_serve.api.realtime import RealtimeRoute
 from helios_serve.api.routes import GENERATIONS, VIDEOS, Desk
-from helios_serve.api.system_routes import add_system_routes
+from helios_serve.api.system_routes import add_open_routes, add_system_routes
 from helios_serve.api.video_routes import add_video_routes
 from helios_serve.api.webhook_routes import webhook_router
 from helios_serve.errors import HeliosError, InvalidRequestError
@@ -49,12 +50,17 @@ class RouteError(HeliosError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extras:
-    """What the application offers beside videos: sessions, uploads, webhooks, and the pages that may call."""
+    """What the application offers beside videos: sessions, uploads, webhooks, and the pages that may call.
+
+    has_open_routes: False where probes and scrapers have a port of their own, with `create_admin_app` behind it.
+    """
 
     realtime: RealtimeRoute
     files: FileService
     rows: Access
     origins: OriginPolicy
+    probes: Probes = field(default_factory=Probes)
+    has_open_routes: bool = True
 
 
 def create_app(desk: Desk, extras: Extras) -> FastAPI:
@@ -80,7 +86,9 @@ def create_app(desk: Desk, extras: Extras) -> FastAPI:
         telemetry=_TELEMETRY_OFF,
     )
     metrics = Metrics(service.model.name) if settings.metrics is None else settings.metrics
-    add_system_routes(app, desk, metrics)
+    add_system_routes(app, desk)
+    if extras.has_open_routes:
+        add_open_routes(app, desk, metrics, extras.probes)
     add_generation_routes(app, desk)
     for router in (
         file_router(extras.files, desk.access),
@@ -92,13 +100,35 @@ def create_app(desk: Desk, extras: Extras) -> FastAPI:
     add_video_routes(app, desk)
     _add_error_handlers(app, metrics)
     large = dict.fromkeys((GENERATIONS, SYNC, VIDEOS, f"{VIDEOS}/extensions", FILES), settings.max_body_bytes)
-    app.add_middleware(BodyLimit, default_bytes=settings.max_other_body_bytes, bytes_by_path=large)
+    _add_layers(app, desk, metrics, extras.origins, large)
+    return app
+
+
+def create_admin_app(desk: Desk, metrics: Metrics, extras: Extras) -> FastAPI:
+    """The open routes alone, for a port of their own. Neither starts nor closes the service."""
+    app = FastAPI(
+        title="helios_serve: open routes",
+        openapi_url=None,
+        redirect_slashes=False,
+        telemetry=_TELEMETRY_OFF,
+    )
+    add_open_routes(app, desk, metrics, extras.probes)
+    _add_error_handlers(app, metrics)
+    _add_layers(app, desk, metrics, extras.origins, {})
+    return app
+
+
+def _add_layers(
+    app: FastAPI, desk: Desk, metrics: Metrics, origins: OriginPolicy, bytes_by_path: Mapping[str, int]
+) -> None:
+    """What surrounds every request; the last one is the outermost."""
+    settings = desk.settings
+    app.add_middleware(BodyLimit, default_bytes=settings.max_other_body_bytes, bytes_by_path=bytes_by_path)
     app.add_middleware(SendLimit, seconds=settings.send_timeout_s)
     app.add_middleware(HeadLimit, max_bytes=settings.max_head_bytes)
     app.add_middleware(RequestBoundary)
-    app.add_middleware(Cors, policy=extras.origins)
+    app.add_middleware(Cors, policy=origins)
     app.add_middleware(RequestCount, metrics=metrics, tracing=settings.tracing)
-    return app
 
 
 class _HeliosApp(FastAPI):

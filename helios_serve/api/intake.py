@@ -6,16 +6,18 @@ Knows the store and the engine's admission; runs nothing itself.
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from helios_serve.api.auth import Caller
 from helios_serve.api.convert import ParsedRequest, new_video_id
 from helios_serve.api.job_runner import Engine, JobRunner
-from helios_serve.api.job_spec import JobSpec, pictures_record, read_spec, spec_from, spec_hash
+from helios_serve.api.job_spec import JobSpec, pictures_record, read_spec, spec_from, spec_hash, with_controls
 from helios_serve.api.job_view import JobViews
 from helios_serve.api.jobs import Created, Job, Origin
 from helios_serve.api.limits import JobAsk, Limiter, Usage, check_job
-from helios_serve.errors import CapacityError, ConflictError, HeliosError, InvalidRequestError
+from helios_serve.errors import CapacityError, ConflictError, HeliosError, InvalidRequestError, QuotaError
 from helios_serve.store import records
 from helios_serve.store.connect import Stores
 from helios_serve.types import FRAMES_PER_CHUNK, PromptChange, VideoRequest
@@ -25,20 +27,24 @@ DEFAULT_TTL_S = 86_400.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extension:
-    """What is to be added to a finished video: frames, under a prompt that takes over where it begins."""
+    """What is to be added to a finished video: frames, under a prompt that takes over where it begins. max_frames: of
+    the result."""
 
     prompt: str
     num_frames: int | None
     seconds: float | None
+    max_frames: int
     transition_chunks: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntakeConfig:
-    """model: the served name. ttl_s: how long a video lives after its end, unless its request says otherwise."""
+    """model: the served name. ttl_s: how long a video lives after its end, unless its request says otherwise.
+    start_in_s: seconds until a request would start if it were taken now; by default nothing waits."""
 
     model: str
     ttl_s: float = DEFAULT_TTL_S
+    start_in_s: Callable[[VideoRequest], float] = lambda _: 0.0
 
 
 class Intake:
@@ -96,8 +102,17 @@ class Intake:
         if old.state != "finished" or old.is_expired:
             raise ConflictError(f"video {old.id}: only a finished video that has not expired can be extended")
         spec = read_spec(old)
+        if old.is_interactive:
+            played = with_controls(spec.request(old), await self._stores.chunks.controls(old.id), old.next_chunk)
+            spec = replace(spec, prompts=played.prompts, params=played.params)
         num_frames = spec.params.num_output_frames if not spec.is_open_ended else FRAMES_PER_CHUNK * old.next_chunk
         added = _added_frames(extension, spec.params.fps)
+        if num_frames + added > extension.max_frames:
+            raise InvalidRequestError(
+                f"num_frames: {num_frames} frames and {added} more are {num_frames + added}; at most "
+                f"{extension.max_frames} for this key",
+                param="num_frames" if extension.seconds is None else "seconds",
+            )
         params = replace(spec.params, num_frames=num_frames + added)
         first = old.next_chunk
         prompts = spec.prompts
@@ -161,11 +176,13 @@ class Intake:
         async with self._creating:
             found = await store.find(new, idempotency_key=key, is_retry=is_retry)
             if found is not None:
-                return Created(job=await self._views.of(found), is_replayed=True)
+                job = await self._views.of(found)
+                return Created(job=job, is_replayed=True, budget=self._limiter.budget(caller))
             if self.is_closed:
                 raise draining()
             request, new, ask = self._admitted(caller, parsed, request, new, ask)
-            budget = self._limiter.admit_job(caller, ask, await self._usage(caller))
+            self._check_queue(parsed, request)
+            self._limiter.admit_job(caller, ask, await self._usage(caller))
             try:
                 created = await store.create(new, idempotency_key=key, is_retry=is_retry)
             except BaseException:
@@ -176,7 +193,7 @@ class Intake:
         else:
             await self._runner.run(new.id)
         job = await self._views.get(caller.tenant, created.job.id)
-        return Created(job=job, is_replayed=created.is_replayed, budget=budget)
+        return Created(job=job, is_replayed=created.is_replayed, budget=self._limiter.budget(caller))
 
     def _admitted(
         self, caller: Caller, parsed: ParsedRequest, request: VideoRequest, new: records.NewJob, ask: JobAsk
@@ -196,6 +213,21 @@ class Intake:
         message = f"made offline, without a promise to keep up with its playback: {reason}"
         warnings = [*new.spec["warnings"], {"param": "service_class", "message": message}]
         return request, replace(new, service_class="offline", spec={**new.spec, "warnings": warnings}), ask
+
+    def _check_queue(self, parsed: ParsedRequest, request: VideoRequest) -> None:
+        """Raises QuotaError when the caller would be gone before its video is made, because of what waits before it."""
+        if parsed.patience_s is None:
+            return
+        wait_s = self._config.start_in_s(request)
+        run_s = request.params.num_output_frames / self._engine.generated_fps(request.params)
+        late_s = wait_s + run_s - parsed.patience_s
+        if late_s > 0 and wait_s > 0:
+            raise QuotaError(
+                f"it would start in about {math.ceil(wait_s)} s and take {math.ceil(run_s)} s, and this client waits "
+                f"{parsed.patience_s:.0f} s; try again later, or send Prefer: respond-async",
+                code="queue_wait_too_long",
+                retry_after_s=max(1.0, late_s),
+            )
 
     async def _usage(self, caller: Caller) -> Usage:
         if caller.limits is None:

@@ -10,11 +10,11 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from helios_serve.api.job_spec import read_spec, with_controls, with_pictures, with_start
-from helios_serve.api.live_job import AppliedPrompt, LiveJob, stats_of
+from helios_serve.api.job_spec import change_of, read_spec, with_controls, with_pictures, with_start
+from helios_serve.api.live_job import AppliedControl, LiveJob, stats_of
 from helios_serve.errors import CapacityError, GenerationError, HeliosError
 from helios_serve.store.connect import Stores
 from helios_serve.store.ending import JobError
@@ -31,7 +31,6 @@ from helios_serve.types import (
     PlayChanged,
     Prepared,
     Progress,
-    PromptChange,
     Resume,
     SamplingParams,
     SegmentReady,
@@ -86,6 +85,8 @@ class Engine(Protocol):
     def committed(self, request_id: str, chunk: int) -> None: ...
 
     def change_prompt(self, request_id: str, prompt: str, transition_chunks: int) -> int: ...
+
+    def restart(self, request_id: str, seed: int) -> int: ...
 
     def allow(self, request_id: str, num_chunks: int) -> None: ...
 
@@ -425,6 +426,7 @@ class JobRunner:
             rng=event.record.generator_state,
             attempt=event.attempt,
             ctl_seq=live.control_at(chunk),
+            pinned_chunk=live.request.pinned_chunk(chunk + 1) if live.request.params.restarts else None,
             stats=live.stats.to_json(),
         )
         if not await _patiently(lambda: self._stores.chunks.commit_latents(live.lease, commit)):
@@ -474,20 +476,11 @@ class JobRunner:
         blobs = self._stores.blobs
         request = live.request
         live.first_chunk, live.num_published = point.next_chunk, point.num_published
-        prompts = tuple(with_controls(live.spec.prompts, point.controls, point.next_chunk))
-        request = replace(request, prompts=prompts)
+        request = with_controls(request, point.controls, point.next_chunk)
         live.applied = [
-            AppliedPrompt(
-                seq=control.seq,
-                event_id=control.event_id or f"event_{control.seq}",
-                change=PromptChange(
-                    chunk=point.next_chunk if control.applied_chunk is None else control.applied_chunk,
-                    prompt=control.payload["prompt"],
-                    transition_chunks=control.payload["transition_chunks"],
-                ),
-            )
+            AppliedControl(seq=control.seq, event_id=control.event_id or f"event_{control.seq}", change=change)
             for control in point.controls
-            if control.kind == "prompt"
+            if (change := change_of(control, point.next_chunk)) is not None
         ]
         if live.spec.task != "t2v":
             if job.seed_blob is not None and job.seed_rng is not None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import reduce
 from typing import Any
 
 from helios_serve.api.convert import ParsedRequest
@@ -20,6 +21,7 @@ from helios_serve.types import (
     NUM_TRAIL_CHUNKS,
     Frames,
     PromptChange,
+    Restart,
     SamplingParams,
     Start,
     Task,
@@ -100,6 +102,7 @@ def read_spec(job: Job) -> JobSpec:
     data["prompts"] = tuple(PromptChange(**change) for change in data["prompts"])
     params = dict(data["params"])
     params["steps"] = tuple(params["steps"])
+    params["restarts"] = tuple(Restart(**restart) for restart in params.get("restarts", ()))
     data["params"] = SamplingParams(**params)
     data["warnings"] = tuple(ParameterWarning(**warning) for warning in data["warnings"])
     known = {item.name for item in fields(JobSpec)}
@@ -119,19 +122,30 @@ def spec_hash(spec: JobSpec, parsed: ParsedRequest) -> str:
     return canonical_hash(body)
 
 
-def with_controls(prompts: Sequence[PromptChange], controls: Sequence[Control], next_chunk: int) -> list[PromptChange]:
-    """The schedule of a session with the messages that it was sent; those not applied yet begin at `next_chunk`."""
-    schedule = list(prompts)
-    for control in controls:
-        if control.kind == "prompt":
-            chunk = next_chunk if control.applied_chunk is None else control.applied_chunk
-            change = PromptChange(
-                chunk=chunk,
-                prompt=control.payload["prompt"],
-                transition_chunks=control.payload["transition_chunks"],
-            )
-            schedule = [earlier for earlier in schedule if earlier.chunk < chunk] + [change]
-    return schedule
+def change_of(control: Control, next_chunk: int) -> PromptChange | Restart | None:
+    """What a message to a session changes, at `next_chunk` if it is not applied yet."""
+    chunk = next_chunk if control.applied_chunk is None else control.applied_chunk
+    if control.kind == "prompt":
+        prompt, transition_chunks = control.payload["prompt"], control.payload["transition_chunks"]
+        return PromptChange(chunk=chunk, prompt=prompt, transition_chunks=transition_chunks)
+    if control.kind == "reset":
+        return Restart(chunk=chunk, seed=control.payload["seed"])
+    return None
+
+
+def changed(request: VideoRequest, change: PromptChange | Restart) -> VideoRequest:
+    """The request with a change; one of the same kind that begins there or later is replaced."""
+    if isinstance(change, PromptChange):
+        prompts = (earlier for earlier in request.prompts if earlier.chunk < change.chunk)
+        return replace(request, prompts=(*prompts, change))
+    restarts = (earlier for earlier in request.params.restarts if earlier.chunk < change.chunk)
+    return replace(request, params=replace(request.params, restarts=(*restarts, change)))
+
+
+def with_controls(request: VideoRequest, controls: Sequence[Control], next_chunk: int) -> VideoRequest:
+    """A session's request with the messages that it was sent; those not applied yet begin at `next_chunk`."""
+    changes = (change_of(control, next_chunk) for control in controls)
+    return reduce(changed, (change for change in changes if change is not None), request)
 
 
 def pictures_record(request: VideoRequest) -> bytes | None:

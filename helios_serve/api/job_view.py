@@ -13,13 +13,21 @@ from helios_serve.api.job_spec import JobSpec, read_spec, with_controls
 from helios_serve.api.jobs import Job, JobProgress, JobSegment, State, Timing
 from helios_serve.api.live_job import LiveJob, stats_of
 from helios_serve.api.mime import mime_type_of
-from helios_serve.errors import CapacityError, ConflictError, GenerationError, HeliosError
+from helios_serve.api.shared_reads import InFlight, Recent, SegmentCache
+from helios_serve.errors import CapacityError, ConflictError, GenerationError, HeliosError, NotFoundError
 from helios_serve.store import records
 from helios_serve.store.connect import Stores
 from helios_serve.store.errors import BlobMissingError, DataLossError
 from helios_serve.types import FRAMES_PER_CHUNK, VideoRequest
 
 NUM_KEPT_INITS = 256
+MAX_SHARED_BYTES = 64 << 20
+"""Of segments of running jobs that are kept for further viewers."""
+LIVE_AGE_S = 1.0
+"""How old an answer of the store about a job that runs here may be, as this process knows its own changes."""
+AWAY_AGE_S = 0.1
+"""About any other job."""
+
 _STATES: dict[records.State, State] = {
     "queued": "queued",
     "running": "in_progress",
@@ -37,6 +45,10 @@ class JobViews:
         self._stores = stores
         self._runner = runner
         self._inits: OrderedDict[str, bytes] = OrderedDict()
+        self._standings: Recent[records.Standing] = Recent()
+        self._shown: Recent[JobProgress] = Recent()
+        self._reads: InFlight[tuple[str, int], JobSegment] = InFlight()
+        self._segments = SegmentCache(MAX_SHARED_BYTES)
 
     async def get(self, tenant: str, job_id: str) -> Job:
         """Raises NotFoundError."""
@@ -48,13 +60,72 @@ class JobViews:
     async def of_all(self, rows: Sequence[records.Job]) -> list[Job]:
         return [await self._view(standing) for standing in await self._stores.chunks.standings(rows)]
 
-    async def progress(self, tenant: str, job_id: str) -> JobProgress:
-        """Where a job stands. Raises NotFoundError."""
-        job = await self.get(tenant, job_id)
+    # What viewers share.
+
+    async def standing(self, tenant: str, job_id: str) -> records.Standing:
+        """How a job stands: for a job that runs here at most a second old in what other processes did to it, and never
+        older than what this one did. Raises NotFoundError."""
         live = self._runner.live(job_id)
+        return await self._standings.get(
+            tenant,
+            job_id,
+            lambda: self._stores.chunks.standing(tenant, job_id),
+            mark=None if live is None else (live.lease.epoch, live.num_published, live.has_started),
+            max_age_s=AWAY_AGE_S if live is None else LIVE_AGE_S,
+        )
+
+    async def get_shared(self, tenant: str, job_id: str) -> Job:
+        """Raises NotFoundError."""
+        return await self._view(await self.standing(tenant, job_id))
+
+    async def ended(self, standing: records.Standing) -> Job:
+        """The job at its end, behind which few ask for its segments."""
+        self._segments.forget(standing.job.id)
+        return await self._view(standing)
+
+    async def progress(self, standing: records.Standing) -> JobProgress:
+        """Where a job stands, made once for each of its steps."""
+        row, live = standing.job, self._runner.live(standing.job.id)
+        mark = None if live is None else (live.steps_done, live.phase, live.play_state, self._queue_position(live))
+        return await self._shown.get(
+            row.tenant, row.id, lambda: self._progress(standing), mark=(standing, mark), max_age_s=LIVE_AGE_S
+        )
+
+    async def _progress(self, standing: records.Standing) -> JobProgress:
+        job, live = await self._view(standing), self._runner.live(standing.job.id)
         if live is None:
             return JobProgress(job=job, cursor=None, phase="queued" if job.state == "queued" else "denoise")
         return JobProgress(job=job, cursor=live.cursor, phase=live.phase)
+
+    async def published(self, standing: records.Standing, index: int) -> JobSegment:
+        """Segment `index`, below `num_published`. Viewers of a job that runs here share one reading of it, all others
+        only at the same moment.
+
+        Raises: DataLossError when its bytes are damaged; NotFoundError when the job was deleted just now.
+        """
+        row, live = standing.job, self._runner.live(standing.job.id)
+        segment = None if live is None else self._segments.get(row.id, index)
+        if segment is None:
+            segment = await self._reads.get((row.id, index), lambda: self._published(row, index))
+        is_last = index + 1 == row.num_chunks  # of a session this is known only at its end
+        return segment if segment.is_last == is_last else replace(segment, is_last=is_last)
+
+    async def _published(self, row: records.Job, index: int) -> JobSegment:
+        chunk = await self._stores.chunks.chunk(row.id, index)
+        if chunk is None or chunk.seg_blob is None:
+            raise NotFoundError(f"video {row.id}: segment {index} is deleted")
+        segment = await self.segment(row, chunk)
+        if self._runner.live(row.id) is not None:
+            self._segments.add(row.id, segment)
+        return segment
+
+    def forget(self, tenant: str, job_id: str) -> None:
+        """This process changed the job's row, or no longer runs it: nothing that was read of it counts any more."""
+        self._standings.forget(tenant, job_id)
+        self._shown.forget(tenant, job_id)
+        self._segments.forget(job_id)
+
+    # Bytes.
 
     async def segment(self, row: records.Job, chunk: records.Chunk) -> JobSegment:
         """A published segment.
@@ -92,7 +163,7 @@ class JobViews:
         if not row.is_interactive:
             return request
         controls = await self._stores.chunks.controls(row.id)
-        return replace(request, prompts=tuple(with_controls(request.prompts, controls, row.next_chunk)))
+        return with_controls(request, controls, row.next_chunk)
 
     async def _init(self, row: records.Job) -> bytes:
         assert row.init_blob is not None

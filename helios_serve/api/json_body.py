@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -31,10 +32,10 @@ async def read_json(request: Request, model: type[Body], *, is_optional: bool = 
     return validated(model, json_object(await read_body(request)))
 
 
-def validated(model: type[Body], body: dict[str, object]) -> Body:
+def validated(model: type[Body], body: Mapping[str, object]) -> Body:
     """Raises InvalidRequestError with the first field that `model` refuses; unknown ones first."""
     try:
-        return model.model_validate(body)
+        return model.model_validate(dict(body))
     except ValidationError as error:
         details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")
         raise _refused(details[0], model) from None

@@ -149,6 +149,10 @@ class Limiter:
             )
         return budget
 
+    def budget(self, caller: Caller) -> FrameBudget | None:
+        """The tenant's frames as they stand; None without limits."""
+        return None if caller.limits is None else self._budget(caller.tenant, caller.limits.frames_per_minute)
+
     def give_back(self, caller: Caller, num_frames: int) -> None:
         """Returns the frames of a job that was not made: its row was not written, or it was a repetition."""
         with self._lock:

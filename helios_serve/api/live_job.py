@@ -11,16 +11,16 @@ from typing import Any
 from helios_serve.api.job_spec import JobSpec
 from helios_serve.api.jobs import JobPhase
 from helios_serve.store.records import Lease
-from helios_serve.types import PlayState, PromptChange, StepCursor, VideoRequest
+from helios_serve.types import PlayState, PromptChange, Restart, StepCursor, VideoRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AppliedPrompt:
-    """A session's new prompt: the control that asked for it and the chunk that begins to use it."""
+class AppliedControl:
+    """A session's new prompt or new history: the control that asked for it and the chunk that it begins with."""
 
     seq: int
     event_id: str
-    change: PromptChange
+    change: PromptChange | Restart
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class LiveJob:
     allowed: int | None = None
     """Chunks that a session's viewer has given credit for; None before the first word of one."""
     play_state: PlayState = "running"
-    applied: list[AppliedPrompt] = field(default_factory=list)
+    applied: list[AppliedControl] = field(default_factory=list)
     started_mono_s: float | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -94,12 +94,13 @@ class LiveJob:
 
     def control_at(self, chunk: int) -> int:
         """The last control that is in force when `chunk` is made; 0 for none."""
-        return max((prompt.seq for prompt in self.applied if prompt.change.chunk <= chunk), default=0)
+        return max((control.seq for control in self.applied if control.change.chunk <= chunk), default=0)
 
     def changed(self) -> None:
         """Wakes whoever watches the job."""
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def wait_change(self) -> None:
-        await self._changed.wait()
+    def next_change(self) -> asyncio.Event:
+        """Set by the next change; taken before one looks, it misses none."""
+        return self._changed

@@ -37,6 +37,9 @@ OTHER = "other"
 NO_ANSWER = 499
 """Status that stands for a client that left before any answer."""
 
+WEBSOCKET = "WEBSOCKET"
+_CUT, _SERVER_FAULT = 1006, 1011  # RFC 6455: no close frame came; what the server did not foresee
+
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 
 
@@ -56,8 +59,9 @@ def error_response(error: HeliosError, headers: Mapping[str, str] | None = None)
 
 
 class RequestCount:
-    """Counts every request and its time until the last byte of the answer is sent, with a line in the log and a span.
-    The outermost layer: all that is logged and traced inside belongs to the request's id."""
+    """Counts every request and its time until the last byte of the answer is sent, with a line in the log and a span; a
+    WebSocket has these two when it ends. The outermost layer: all that is logged and traced inside belongs to the
+    request's id."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
@@ -65,11 +69,12 @@ class RequestCount:
         self._tracing = NoTracing() if tracing is None else tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        recorded = self._recorded if scope["type"] == "http" else self._recorded_socket
         with bind_request_id(_request_id(Headers(scope=scope).get("x-request-id"))):
-            await self._recorded(scope, receive, send)
+            await recorded(scope, receive, send)
 
     async def _recorded(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_s, status, num_bytes = time.monotonic(), NO_ANSWER, 0
@@ -102,10 +107,76 @@ class RequestCount:
                 status=status,
                 seconds=seconds,
                 num_bytes=num_bytes,
-                client=scope["client"][0] if scope["client"] else None,
+                client=_client_of(scope),
             )
             log_access(access)
             span.end(error=str(status) if status >= 500 else None, attributes={"http.response.status_code": status})
+
+    async def _recorded_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_s, template, note = time.monotonic(), _template(scope), _SocketNote()
+        span = self._tracing.begin(
+            f"{WEBSOCKET} {template}",
+            parent=context_from(Headers(scope=scope)),
+            kind="server",
+            attributes={"http.request.method": "GET", "http.route": template, "network.protocol.name": "websocket"},
+        )
+
+        async def noting_receive() -> Message:
+            message = await receive()
+            note.take(message)
+            return message
+
+        async def noting_send(message: Message) -> None:
+            note.take(message)
+            await send(message)
+
+        is_fault = False
+        try:
+            with bind_context(span.context):
+                await self._app(scope, noting_receive, noting_send)
+        except Exception:
+            is_fault = True
+            raise
+        finally:
+            access = Access(
+                method=WEBSOCKET,
+                path=scope["path"],
+                template=template,
+                status=note.code,
+                seconds=time.monotonic() - started_s,
+                num_bytes=note.num_bytes,
+                client=_client_of(scope),
+            )
+            log_access(access)
+            is_fault = is_fault or note.code == _SERVER_FAULT or 500 <= note.code < 600
+            span.end(error=str(note.code) if is_fault else None, attributes={"websocket.close_code": note.code})
+
+
+class _SocketNote:
+    """How a WebSocket ended, from the messages that pass: the first one that says so counts."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._code: int | None = None
+        self._is_open = False
+
+    @property
+    def code(self) -> int:
+        """1006 where nothing was said."""
+        return _CUT if self._code is None else self._code
+
+    def take(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "websocket.send":
+            self.num_bytes += len(message.get("bytes") or b"") + len((message.get("text") or "").encode())
+        elif kind == "websocket.accept":
+            self._is_open = True
+        elif self._code is None and kind == "websocket.close":
+            self._code = message.get("code", 1000) if self._is_open else 403
+        elif self._code is None and kind == "websocket.http.response.start":
+            self._code = message["status"]
+        elif self._code is None and kind == "websocket.disconnect":
+            self._code = message.get("code", _CUT)
 
 
 class RequestBoundary:
@@ -224,6 +295,10 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted_receive, send)
+
+
+def _client_of(scope: Scope) -> str | None:
+    return scope["client"][0] if scope["client"] else None
 
 
 def _template(scope: Scope) -> str:

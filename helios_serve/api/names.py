@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from helios_serve.api.schemas import (
+    ALSO_IN_HELIOS,
     FIELD_ALIASES,
     FIXED_HERE,
     HELIOS_ALIASES,
@@ -135,7 +136,7 @@ def _merge_container(canonical: _Canonical, container: str, value: object) -> No
     for key, inner in value.items():
         written = f"{container}.{key}"
         name = HELIOS_ALIASES.get(key, key)
-        if container == "helios" and name not in _HELIOS:
+        if container == "helios" and name not in _HELIOS and key not in ALSO_IN_HELIOS:
             raise _unknown(written, key, _HELIOS | set(HELIOS_ALIASES))
         canonical.put(_resolve(key, written), inner, written)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from fastapi import APIRouter
-from pydantic import BaseModel
+from fastapi import APIRouter, FastAPI
 
 from helios_serve.api.names import shown
 from helios_serve.api.schemas import ErrorAnswer
@@ -28,10 +28,20 @@ def page_request(after: str | None, limit: int, order: str) -> PageRequest:
 
 
 def add_get(
-    router: APIRouter, path: str, endpoint: Callable[..., Any], answer: type[BaseModel], *error_statuses: int
+    router: APIRouter | FastAPI,
+    path: str,
+    endpoint: Callable[..., Any],
+    answer: type[Any] | None,
+    *error_statuses: int,
+    others: Mapping[int, dict[str, Any]] = MappingProxyType({}),
 ) -> None:
-    """A GET route that answers HEAD too, which the framework does not do by itself."""
-    responses = error_answers(*error_statuses)
+    """A GET route that answers HEAD too, which the framework does not do by itself.
+
+    Args:
+        answer: None where it is not JSON.
+        others: statuses that are neither the answer nor an error, as OpenAPI describes them.
+    """
+    responses = error_answers(*error_statuses) | dict(others)
     router.add_api_route(path, endpoint, methods=["GET"], response_model=answer, responses=responses)
     router.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
 

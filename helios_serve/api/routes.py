@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import HTTPConnection
 
-from helios_serve.api import schemas
 from helios_serve.api.auth import Caller
 from helios_serve.api.convert import Limits, ParsedRequest, parse_generation
 from helios_serve.api.forms import FORM_TYPE, read_form
@@ -20,6 +19,8 @@ from helios_serve.api.http_access import HttpAccess
 from helios_serve.api.http_request import base_url_of, content_type_of, json_object, read_body
 from helios_serve.api.jobs import Job, Links, video_object
 from helios_serve.api.media_input import Media
+from helios_serve.api.pages import add_get as add_get
+from helios_serve.api.pages import error_answers as error_answers
 from helios_serve.api.service import VideoService
 from helios_serve.api.webhooks import WebhookSender
 from helios_serve.telemetry import Metrics
@@ -29,6 +30,10 @@ T = TypeVar("T")
 
 VIDEOS = "/v1/videos"
 GENERATIONS = "/v1/videos/generations"
+
+
+Presign = Callable[[str, float], Awaitable[str | None]]
+"""(blob, seconds) -> an address at which anybody can read it for so long; None where the blobs have none."""
 
 
 class MediaFor(Protocol):
@@ -53,13 +58,15 @@ class ServerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Desk:
-    """One for each application. parsing: the threads in which requests are read, as decoding media waits there."""
+    """One for each application. parsing: the threads in which requests are read, as decoding media waits there.
+    presign: where finished videos are read from the blob store itself; None where this server passes them on."""
 
     service: VideoService
     access: HttpAccess
     settings: ServerSettings
     media_for: MediaFor
     webhooks: WebhookSender
+    presign: Presign | None = None
     parsing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "helios-parse"))
 
     async def body(self, request: Request) -> Mapping[str, object]:
@@ -128,15 +135,3 @@ def poll_headers(job: Job) -> dict[str, str]:
         eta_ms = 8000.0 if job.eta_s is None else 1000 * job.eta_s
         headers["openai-poll-after-ms"] = str(round(min(5000.0, max(250.0, eta_ms / 8))))
     return headers
-
-
-def add_get(
-    app: FastAPI, path: str, endpoint: Callable[..., Any], answer: type[Any] | None, *error_statuses: int
-) -> None:
-    """A GET route that answers HEAD too, which the framework does not do by itself."""
-    app.add_api_route(path, endpoint, methods=["GET"], response_model=answer, responses=error_answers(*error_statuses))
-    app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
-
-
-def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": schemas.ErrorAnswer} for status in sorted({*statuses, 401, 403, 429})}

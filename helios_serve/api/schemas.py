@@ -72,8 +72,11 @@ FIXED_HERE = {
 }
 """Options of the reference's pipelines that are no fields here -> why not, and what to do."""
 
-HELIOS_CONTAINERS = ("helios", "extra_params", "extra_body")
-"""Objects whose keys are keys of `helios`; the last two may hold top-level fields as well."""
+HELIOS_CONTAINERS = ("helios", "extra_params", "extra_body", "sampling_params")
+"""Objects whose keys are keys of `helios`; all but the first may hold top-level fields as well."""
+
+ALSO_IN_HELIOS = ("prompts",)
+"""Top-level fields that no other API has, and that may therefore stand within `helios` too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,12 @@ class PromptEntry(_Input):
     transition_chunks: Annotated[int, Field(ge=0, le=1000)] = 2
 
 
+VideoInput = Annotated[
+    VideoReference, BeforeValidator(_as_video_reference, json_schema_input_type=str | VideoReference)
+]
+"""A video as clients write it: an object, an address alone, or a file."""
+
+
 class HeliosParams(_Input):
     """What Helios offers beyond the OpenAI schema. Each key may also be given at the top level."""
 
@@ -211,10 +220,9 @@ class GenerationBody(_Input):
     ) = Field(
         default=None, description="Image to start from. Also `image`, `image_url`, `image_reference`, `first_frame`."
     )
-    video: (
-        Annotated[VideoReference, BeforeValidator(_as_video_reference, json_schema_input_type=str | VideoReference)]
-        | None
-    ) = Field(default=None, description="Video to continue. Also `video_reference`, `video_url`.")
+    video: VideoInput | None = Field(
+        default=None, description="Video to continue. Also `video_reference`, `video_url`."
+    )
     prompts: list[PromptEntry] | None = None
     response_format: Literal["url", "b64_json"] = "url"
     n: int = 1

@@ -41,9 +41,6 @@ from helios_serve.types import ModelInfo, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-READ_AHEAD = 4
-"""Segments that one read of the store names."""
-
 POLL_S = (0.1, 0.25)
 """How long a watcher waits, at least and at most, before it looks at a job that another process runs."""
 
@@ -186,18 +183,16 @@ class VideoService:
 
         Raises: NotFoundError, also when it is deleted meanwhile; CapacityError when the server ends first.
         """
-        while True:
+        job = await self.get(caller, video_id)
+        while not job.has_ended:
             live = self._runner.live(video_id)
-            waiting = None if live is None else asyncio.ensure_future(live.wait_change())
-            try:
-                job = await self.get(caller, video_id)
-                if job.has_ended:
-                    return job
-                self._check_open(live)
-                await _wait_for(waiting)
-            finally:
-                if waiting is not None:
-                    waiting.cancel()
+            self._check_open(live)
+            if live is None:
+                await asyncio.sleep(random.uniform(*POLL_S))
+            while live is not None and not live.has_ended:
+                await live.next_change().wait()
+            job = await self._views.get_shared(caller.tenant, video_id)
+        return job
 
     async def watch(self, caller: Caller, video_id: str, start: int = 0) -> AsyncGenerator[JobEvent, None]:
         """A job from segment `start` on, to its end; several may watch, and none of them holds the job up.
@@ -207,32 +202,26 @@ class VideoService:
         following, shown = start, None
         while True:
             live = self._runner.live(video_id)
-            waiting = None if live is None else asyncio.ensure_future(live.wait_change())
-            try:
-                is_news = live is None or live.has_ended or live.num_published > following
-                page = None
-                if is_news or shown is None:
-                    page = await self._stores.chunks.segments(caller.tenant, video_id, following, limit=READ_AHEAD)
-                for chunk in () if page is None else page.chunks:
-                    assert page is not None
-                    yield await self._views.segment(page.job, chunk)
-                    following += 1
-                if page is not None and page.chunks:
-                    continue
-                if page is not None and page.job.state in _ENDED_STATES:
-                    yield JobEnded(job=await self.get(caller, video_id))
-                    return
-                self._check_open(live)
-                news = await self._views.progress(caller.tenant, video_id)
-                play = None if live is None else live.play_state
-                mark = (news.cursor, news.phase, news.job.state, news.job.queue_position, play)
-                if mark != shown:
-                    shown = mark
-                    yield news
-                await _wait_for(waiting)
-            finally:
-                if waiting is not None:
-                    waiting.cancel()
+            change = None if live is None else live.next_change()
+            standing = await self._views.standing(caller.tenant, video_id)
+            if following < standing.num_published:
+                yield await self._views.published(standing, following)
+                following += 1
+                continue
+            if standing.job.state in _ENDED_STATES:
+                yield JobEnded(job=await self._views.ended(standing))
+                return
+            self._check_open(live)
+            news = await self._views.progress(standing)
+            play = None if live is None else live.play_state
+            mark = (news.cursor, news.phase, news.job.state, news.job.queue_position, play)
+            if mark != shown:
+                shown = mark
+                yield news
+            if change is None:
+                await asyncio.sleep(random.uniform(*POLL_S))
+            else:
+                await change.wait()
 
     def _check_open(self, live: LiveJob | None) -> None:
         """Raises CapacityError when nothing more will happen to a job in this process, because it ends."""
@@ -269,6 +258,7 @@ class VideoService:
         before = await self._stores.jobs.get(tenant, video_id)
         if before.state not in _ENDED_STATES:
             await self._stores.jobs.cancel(tenant, video_id)
+            self._views.forget(tenant, video_id)
             await self._runner.ended(video_id)
 
     async def delete(self, caller: Caller, video_id: str) -> None:
@@ -277,6 +267,7 @@ class VideoService:
         Raises: NotFoundError.
         """
         await self._stores.jobs.delete(caller.tenant, video_id)
+        self._views.forget(caller.tenant, video_id)
         await self._runner.ended(video_id)
 
     # Bytes.
@@ -381,11 +372,3 @@ _ROW_STATES: dict[str, tuple[records.State, ...]] = {
     "failed": ("failed",),
     "cancelled": ("cancelled",),
 }
-
-
-async def _wait_for(change: asyncio.Future[None] | None) -> None:
-    """Until the job changes; of one that another process runs, for a moment."""
-    if change is None:
-        await asyncio.sleep(random.uniform(*POLL_S))
-    else:
-        await change

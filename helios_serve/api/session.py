@@ -10,17 +10,19 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from helios_serve.api.auth import Caller
 from helios_serve.api.job_runner import Engine, JobRunner
+from helios_serve.api.job_spec import changed
 from helios_serve.api.jobs import Job, JobEnded, JobEvent, JobProgress, JobSegment
-from helios_serve.api.live_job import AppliedPrompt, LiveJob
+from helios_serve.api.live_job import AppliedControl, LiveJob
 from helios_serve.errors import ConflictError, HeliosError, InvalidRequestError
 from helios_serve.store.connect import Stores
+from helios_serve.store.records import Control
 from helios_serve.telemetry import Metrics
-from helios_serve.types import FRAMES_PER_CHUNK, PlayState, PromptChange
+from helios_serve.types import FRAMES_PER_CHUNK, PlayState, PromptChange, Restart
 
 Action = Literal["pause", "resume", "reset", "stop"]
 DEFAULT_TRANSITION_CHUNKS = 2
@@ -28,12 +30,6 @@ MAX_PROMPT_CHARS = 32_000
 AUTO_AHEAD = 8
 """Segments ahead of a reader that gives no credit: what it takes is its credit."""
 CHECK_S = 1.0
-
-
-class UnsupportedOperationError(HeliosError):
-    """The model or this server cannot do that (HTTP 501)."""
-
-    status, grpc_status, code, retryable = 501, "UNIMPLEMENTED", "unsupported_operation", False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,10 +176,10 @@ class Session:
                     yield SessionState(state=state, event_id=self._asked_by)
                     self._asked_by = None
                 if isinstance(event, JobSegment):
-                    for prompt in () if live is None else live.applied:
-                        if prompt.change.chunk == event.index:
+                    for control in () if live is None else live.applied:
+                        if control.change.chunk == event.index:
                             self._desk.metrics.interaction("applied")
-                            yield _applied(prompt)
+                            yield _applied(control, state)
                     if self._max_ahead is None:
                         self._allow(event.index + 1)
                 yield event
@@ -223,25 +219,32 @@ class Session:
                 return PromptQueued(event_id=known[0].event_id, earliest_chunk=known[0].change.chunk)
             chunk = self._desk.engine.change_prompt(self.job.id, prompt, count)
             change = PromptChange(chunk=chunk, prompt=prompt, transition_chunks=count)
-            name = f"event_{control.seq}" if event_id is None else event_id
-            live.applied = [earlier for earlier in live.applied if earlier.change.chunk < chunk]
-            live.applied.append(AppliedPrompt(seq=control.seq, event_id=name, change=change))
-            kept = (earlier for earlier in live.request.prompts if earlier.chunk < chunk)
-            live.request = replace(live.request, prompts=(*kept, change))
-            return PromptQueued(event_id=name, earliest_chunk=chunk)
+            return PromptQueued(event_id=_take(live, control, change), earliest_chunk=chunk)
+
+    async def _reset(self, event_id: str | None, seed: int | None) -> None:
+        async with self._lock:
+            live = self._live
+            own = live.spec.params.seed if seed is None else seed
+            control = await self._desk.stores.jobs.add_control(
+                self._caller.tenant, self.job.id, kind="reset", payload={"seed": own}, event_id=event_id
+            )
+            if all(earlier.seq != control.seq for earlier in live.applied):
+                chunk = self._desk.engine.restart(self.job.id, own)
+                _take(live, control, Restart(chunk=chunk, seed=own))
 
     async def control(self, action: Action, event_id: str | None = None, seed: int | None = None) -> None:
-        """Pauses after the chunk in flight, goes on, or ends.
+        """Pauses after the chunk in flight, goes on, ends, or begins a new history at the first chunk whose denoising
+        has not begun: with another seed, or again with the session's.
 
-        Raises: ConflictError when the session has ended; UnsupportedOperationError.
+        Raises: ConflictError when the session has ended, or has no chunk left for a new history; InvalidRequestError;
+        of a reset also EventIdConflictError and QuotaError, as `change_prompt`.
         """
         live = self._live
         if seed is not None and action != "reset":
             raise InvalidRequestError("seed: only with the action reset", param="seed")
         if action == "reset":
-            raise UnsupportedOperationError(
-                "action reset: this server cannot forget a session's history; start another"
-            )
+            await self._reset(event_id, seed)
+            return
         self._asked_by = event_id
         if action == "stop":
             await self._desk.stop(self._caller.tenant, live.id)
@@ -287,10 +290,26 @@ Hold = AbstractContextManager[None]
 """What is given back when a session is left."""
 
 
-def _applied(prompt: AppliedPrompt) -> PromptApplied:
-    change = prompt.change
+def _take(live: LiveJob, control: Control, change: PromptChange | Restart) -> str:
+    """Notes a change that the engine has taken; returns its event's id. One that it replaces is not told any more."""
+    name = f"event_{control.seq}" if control.event_id is None else control.event_id
+    kept = [
+        earlier
+        for earlier in live.applied
+        if earlier.change.chunk < change.chunk or type(earlier.change) is not type(change)
+    ]
+    live.applied = [*kept, AppliedControl(seq=control.seq, event_id=name, change=change)]
+    live.request = changed(live.request, change)
+    return name
+
+
+def _applied(control: AppliedControl, state: PlayState) -> PromptApplied | SessionState:
+    """A new history is told as the state that goes on with it."""
+    change = control.change
+    if isinstance(change, Restart):
+        return SessionState(state=state, event_id=control.event_id)
     return PromptApplied(
-        event_id=prompt.event_id,
+        event_id=control.event_id,
         chunk=change.chunk,
         completed_chunk=change.chunk + max(1, change.transition_chunks) - 1,
         start_frame=FRAMES_PER_CHUNK * change.chunk,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hmac
 import json
 import logging
-import re
 import secrets
 import stat
 from dataclasses import dataclass, field
@@ -31,7 +30,6 @@ CLIENT_SECRET_TTL_S = 600
 SIGNING_FILE = "signing_keys.json"
 _MAX_TOKEN = 1024  # characters; ours have about 250
 _MIN_SECRET = 32  # bytes
-_TOKEN_IN_QUERY = re.compile(r"([?&]token=)[^&#\s\"']*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +49,16 @@ class SigningKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SigningKeys:
-    """`current` signs; both verify."""
+    """`current` signs; all verify. `previous` signs webhooks beside it, for receivers that know no other yet."""
 
     current: SigningKey
     previous: SigningKey | None = None
+    older: tuple[SigningKey, ...] = ()
+
+    @property
+    def in_order(self) -> tuple[SigningKey, ...]:
+        """All of them, the one that signs first."""
+        return (self.current, *(() if self.previous is None else (self.previous,)), *self.older)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +83,7 @@ class UrlSigner:
 
     def __init__(self, keys: SigningKeys) -> None:
         self._current = keys.current
-        both = [keys.current] if keys.previous is None else [keys.current, keys.previous]
-        self._by_header = {_header(key): key for key in both}
+        self._by_header = {_header(key): key for key in keys.in_order}
 
     def sign(self, video_id: str, use: Use, now: float, *, ttl_s: int = URL_TTL_S) -> str:
         """A token for one use of one video, at most an hour."""
@@ -158,17 +161,42 @@ def rotate_signing_keys(data_dir: Path) -> SigningKeys:
         return _read(path)
 
 
-def signing_keys_from(current: str, previous: str | None = None) -> SigningKeys:
-    """Secrets that several replicas are given, as text of at least 32 bytes."""
-    return SigningKeys(
-        current=SigningKey(secret=current.encode()),
-        previous=None if previous is None else SigningKey(secret=previous.encode()),
-    )
+def signing_keys_from(current: str, *others: str) -> SigningKeys:
+    """Secrets that several replicas are given, each as text of at least 32 bytes. The first signs, all verify.
+
+    Raises: ValueError for a shorter one, or one that is there twice.
+    """
+    first, *rest = (SigningKey(secret=text.encode()) for text in (current, *others))
+    if len({first.secret, *(key.secret for key in rest)}) <= len(rest):
+        raise ValueError("signing secret: one is there twice")
+    return SigningKeys(current=first, previous=rest[0] if rest else None, older=tuple(rest[1:]))
 
 
-def without_token(text: str) -> str:
-    """An address, or a line of a log, without the tokens in it."""
-    return _TOKEN_IN_QUERY.sub(r"\1[removed]", text)
+def read_signing_keys(text: str) -> SigningKeys:
+    """Secrets as a setting or a file has them: separated by white space or commas, `#` begins a comment.
+
+    Raises: ValueError when there is none; else as `signing_keys_from`.
+    """
+    lines = (line.partition("#")[0] for line in text.splitlines())
+    found = [word for line in lines for word in line.replace(",", " ").split()]
+    if not found:
+        raise ValueError("signing secret: none is given")
+    return signing_keys_from(*found)
+
+
+def signing_keys_file(path: Path) -> SigningKeys:
+    """The secrets of a file that several replicas are given.
+
+    Raises: ValueError, which names the file.
+    """
+    try:
+        _warn_if_open(path)
+        return read_signing_keys(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"signing_keys_file {path}: {error.strerror}") from error
+    except ValueError as error:  # no text of the file: it is a secret
+        problem = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise ValueError(f"signing_keys_file {path}: {problem}") from None
 
 
 def _refusal() -> AuthenticationError:
@@ -188,9 +216,7 @@ def _write(path: Path, both: list[bytes]) -> None:
 
 
 def _read(path: Path) -> SigningKeys:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        logger.warning("%s: mode %04o lets others read it, and forge tokens; chmod 600 it, and rotate", path, mode)
+    _warn_if_open(path)
     try:
         found = [SigningKey(secret=bytes.fromhex(text)) for text in json.loads(path.read_text())["secrets"]]
         current, previous = (*found, None)[:2] if found else (None, None)
@@ -199,3 +225,9 @@ def _read(path: Path) -> SigningKeys:
     if current is None:
         raise ValueError(f"{path}: holds no secret; delete it, and signed addresses made so far end")
     return SigningKeys(current=current, previous=previous)
+
+
+def _warn_if_open(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        logger.warning("%s: mode %04o lets others read it, and forge tokens; chmod 600 it, and rotate", path, mode)

@@ -1,7 +1,8 @@
 """What a viewer of a running or finished job is sent: server-sent events, and progressive fMP4.
 
 Turns the service's `JobEvent`s into bytes; starts and ends nothing. Init and media of the segments, joined in order,
-are a valid MP4 at every prefix.
+are a valid MP4 at every prefix. Bytes leave in small pieces, so that what a slow reader holds beyond the segment, which
+all viewers share, is one piece.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -29,6 +30,8 @@ from helios_serve.errors import CapacityError, HeliosError
 from helios_serve.types import FRAMES_PER_CHUNK
 
 KEEP_ALIVE_S = 15.0
+PIECE_BYTES = 48 << 10
+"""Of video that are given to a connection at once; a multiple of three, which base64 joins without a seam."""
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no", "accept-ranges": "none"}
 
 
@@ -51,8 +54,10 @@ async def fmp4(events: AsyncGenerator[JobEvent, None]) -> AsyncIterator[bytes]:
     async with aclosing(events):
         async for event in events:
             if isinstance(event, JobSegment):
-                yield (event.init if is_first else b"") + event.media
-                is_first = False
+                head, is_first = event.init if is_first else b"", False
+                for piece in _pieces(event.media):
+                    yield head + piece
+                    head = b""
             elif isinstance(event, JobEnded) and event.job.error is not None:
                 raise event.job.error
 
@@ -90,7 +95,8 @@ class ServerSentEvents:
                         return
                     if isinstance(event, JobSegment):
                         if job.with_segments:
-                            yield self._event("video_generation.partial_video", _partial(event), event.index + 1)
+                            for piece in self._partial(event):
+                                yield piece
                     elif isinstance(event, JobProgress):
                         yield self._event(*_progress(event))
                     elif event.job.error is None:
@@ -123,14 +129,29 @@ class ServerSentEvents:
         usage = generation_usage(job).model_dump()
         return {"url": video["helios"]["urls"]["content"], "b64_json": None, "usage": usage, "video": video}
 
+    def _partial(self, segment: JobSegment) -> Iterator[bytes]:
+        """A segment's event, its base64 made as it is sent: it needs no escape in JSON."""
+        event = self._event("video_generation.partial_video", _partial(segment), segment.index + 1)
+        head, field, tail = event.partition(b'"b64_json":"')
+        yield head + field
+        data = segment.media if segment.index > 0 else segment.init + segment.media
+        for piece in _pieces(data):
+            yield base64.b64encode(piece)
+        yield tail
+
     def _event(self, kind: str, data: Mapping[str, Any], number: int | None = None) -> bytes:
         return _sse(kind, {"type": kind, "id": self._job.id, **data}, number)
 
 
+def _pieces(data: bytes) -> Iterator[bytes]:
+    return (data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
+
+
 def _partial(segment: JobSegment) -> dict[str, Any]:
+    """Without the segment's bytes."""
     return {
         "partial_video_index": segment.index,
-        "b64_json": base64.b64encode((segment.init if segment.index == 0 else b"") + segment.media).decode(),
+        "b64_json": "",
         "start_frame": segment.start_frame,
         "num_frames": segment.num_frames,
         "pts_seconds": segment.start_frame / segment.fps,

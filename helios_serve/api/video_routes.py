@@ -6,18 +6,23 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from helios_serve.api import schemas
-from helios_serve.api.content import video_response
+from helios_serve.api.content import client_has, redirect, video_response
 from helios_serve.api.hls import hls_index, hls_init, hls_segment
 from helios_serve.api.http_access import VIEWER_HEADERS
 from helios_serve.api.http_request import last_event_id, page_of
 from helios_serve.api.jobs import video_object
 from helios_serve.api.names import shown
-from helios_serve.api.routes import VIDEOS, Desk, add_get, error_answers
+from helios_serve.api.pages import add_get, error_answers
+from helios_serve.api.routes import VIDEOS, Desk
 from helios_serve.api.streaming import STREAM_HEADERS, ServerSentEvents, fmp4
 from helios_serve.api.video_files import STILL_TYPES, VideoExpiredError
 from helios_serve.errors import InvalidRequestError
 
+PRESIGNED_S = 3600.0
+"""How long an address in the blob store is good, as the tokens of this server are."""
+
 _STREAM_HEADERS = {**STREAM_HEADERS, **VIEWER_HEADERS}
+_REDIRECT = {302: {"description": "To the blob store, where the server is set to send clients there"}}
 
 
 def add_video_routes(app: FastAPI, desk: Desk) -> None:
@@ -26,7 +31,7 @@ def add_video_routes(app: FastAPI, desk: Desk) -> None:
     one = f"{VIDEOS}/{{video_id}}"
     add_get(app, VIDEOS, routes.videos, schemas.VideoList, 400, 404)
     add_get(app, one, routes.video, schemas.Video, 404)
-    add_get(app, f"{one}/content", routes.content, None, 400, 404, 409, 410, 416)
+    add_get(app, f"{one}/content", routes.content, None, 400, 404, 409, 410, 416, others=_REDIRECT)
     add_get(app, f"{one}/events", routes.events, None, 400, 404)
     add_get(app, f"{one}/stream", routes.stream, None, 400, 404, 410)
     add_get(app, f"{one}/hls/index.m3u8", routes.hls_index, None, 404, 409, 410, 503)
@@ -116,6 +121,11 @@ class _Routes:
                 f"variant {shown(variant)}: must be video, thumbnail, spritesheet or last_frame", param="variant"
             )
         video = await self._service.video(caller, video_id)
+        # A presigned address is for GET alone.
+        if self._desk.presign is not None and request.method == "GET" and not client_has(request, video):
+            url = await self._desk.presign(video.key, PRESIGNED_S)
+            if url is not None:
+                return redirect(url, VIEWER_HEADERS)
         headers = {"content-disposition": f'attachment; filename="{video_id}.mp4"', **VIEWER_HEADERS}
         return video_response(request, video, self._service.read, headers)
 

@@ -86,8 +86,9 @@ class _Routes:
             url=body.url,
             secret=new_secret(),
             event_types=body.event_types or (),
+            name=body.name,
         )
-        return _answer(endpoint_with_secret(row, body.name), _SECRET_HEADERS)
+        return _answer(endpoint_with_secret(row), _SECRET_HEADERS)
 
     async def endpoints(
         self, request: Request, after: str | None = None, limit: int = 20, order: str = "desc"
@@ -115,11 +116,13 @@ class _Routes:
             changes["event_types"] = body.event_types
         if body.helios is not None:
             changes["is_disabled"] = body.helios.disabled
+        if body.name is not None:
+            changes["name"] = body.name
         if changes:
             row = await self._rows.change_endpoint(caller.tenant, endpoint_id, changes)
         else:
             row = await self._rows.endpoint(caller.tenant, endpoint_id)
-        return _answer(endpoint_object(row, body.name))
+        return _answer(endpoint_object(row))
 
     async def delete(self, request: Request, endpoint_id: str) -> Response:
         caller = await self._caller(request)

@@ -8,12 +8,11 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field
 
 from helios_serve.api.outgoing import MAX_URL
-from helios_serve.api.schemas import WarningItem
 from helios_serve.api.webhooks import EVENT_TYPES, EventType
 from helios_serve.store.records import Delivery, WebhookEndpoint
 
 Url = Annotated[str, Field(min_length=1, max_length=MAX_URL)]
-Name = Annotated[str, Field(max_length=256)]
+Name = Annotated[str, Field(min_length=1, max_length=64)]
 EventTypes = Annotated[list[EventType], Field(min_length=1, max_length=len(EVENT_TYPES))]
 
 
@@ -22,7 +21,7 @@ class _Input(BaseModel):
 
 
 class EndpointBody(_Input):
-    """A new receiver; without `event_types` it gets all of them. `name` is not kept."""
+    """A new receiver; without `event_types` it gets all of them."""
 
     url: Url
     event_types: EventTypes | None = None
@@ -61,11 +60,10 @@ class EndpointDetails(BaseModel):
 
     disabled: bool
     rotated_at: int | None
-    warnings: list[WarningItem]
 
 
 class Endpoint(BaseModel):
-    """A receiver. `name` is its host."""
+    """A receiver. `name` is what its owner calls it, else its host."""
 
     id: str
     object: Literal["webhook_endpoint"]
@@ -152,28 +150,24 @@ class DeliveryList(BaseModel):
     has_more: bool
 
 
-def endpoint_object(row: WebhookEndpoint, name: str | None = None) -> Endpoint:
-    """name: what the client called it, to say that it is not kept."""
-    host = urlsplit(row.url).hostname or row.url
-    dropped = WarningItem(param="name", message="not kept; answers show the host of the url")
+def endpoint_object(row: WebhookEndpoint) -> Endpoint:
     return Endpoint(
         id=row.id,
         object="webhook_endpoint",
         created_at=int(row.created_at),
         event_types=list(row.event_types or EVENT_TYPES),
-        name=host,
+        name=row.name or urlsplit(row.url).hostname or row.url,
         url=row.url,
         signing_secret_hint=f"whsec_...{row.secret[-4:]}",
         helios=EndpointDetails(
             disabled=row.is_disabled,
             rotated_at=None if row.rotated_at is None else int(row.rotated_at),
-            warnings=[] if name is None or name == host else [dropped],
         ),
     )
 
 
-def endpoint_with_secret(row: WebhookEndpoint, name: str | None = None) -> EndpointWithSecret:
-    return EndpointWithSecret(**endpoint_object(row, name).model_dump(), signing_secret=row.secret)
+def endpoint_with_secret(row: WebhookEndpoint) -> EndpointWithSecret:
+    return EndpointWithSecret(**endpoint_object(row).model_dump(), signing_secret=row.secret)
 
 
 def delivery_object(row: Delivery) -> DeliveryObject:

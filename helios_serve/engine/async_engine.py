@@ -56,6 +56,7 @@ class AsyncEngine:
         self._turn_is_due = False
         self._wake: asyncio.TimerHandle | None = None
         self._ticking: asyncio.Task[None] | None = None
+        self._ticked_at = 0.0
 
     async def start(self) -> None:
         """Starts the executor; its groups come up one by one."""
@@ -65,6 +66,7 @@ class AsyncEngine:
             loop.call_soon_threadsafe(self._handle, event)
 
         self._executor.start(emit)
+        self._ticked_at = time.monotonic()
         self._ticking = asyncio.create_task(self._tick())
 
     async def wait_ready(self) -> None:
@@ -95,6 +97,12 @@ class AsyncEngine:
         self._changed.set()
         left_s = 0.0 if at_once else self._config.drain_s - (time.monotonic() - started)
         await asyncio.to_thread(self._executor.close, max(0.5, left_s))
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine's own timer ran; it does so every `TICK_S` unless it, or the event loop, is stuck. 0
+        while the engine is not to run."""
+        return 0.0 if self._ticking is None else time.monotonic() - self._ticked_at
 
     def is_ready(self) -> bool:
         """Whether requests are taken."""
@@ -196,6 +204,15 @@ class AsyncEngine:
         self._plan_wake()
         return result
 
+    def restart(self, request_id: str, seed: int) -> int:
+        """Forgets the history of a running request; returns the chunk that begins anew.
+
+        Raises: ConflictError when no chunk is left to be begun.
+        """
+        result = self._engine.restart(request_id, seed, time.monotonic())
+        self._plan_wake()
+        return result
+
     def allow(self, request_id: str, num_chunks: int) -> None:
         """Lets a request start its first `num_chunks` chunks."""
         self._engine.allow(request_id, num_chunks, time.monotonic())
@@ -257,3 +274,4 @@ class AsyncEngine:
         while True:
             await asyncio.sleep(TICK_S)
             self._engine.tick(time.monotonic(), TICK_S)
+            self._ticked_at = time.monotonic()

@@ -45,6 +45,7 @@ from helios_serve.types import (
     Prepared,
     Progress,
     PromptChange,
+    Restart,
     Resume,
     Role,
     SamplingParams,
@@ -208,15 +209,34 @@ class Engine:
 
         Raises: ConflictError when no chunk is left to be begun.
         """
+        run = self._changeable(request_id)
+        change = PromptChange(chunk=run.first_free_chunk, prompt=prompt, transition_chunks=transition_chunks)
+        run.change_prompt(change)
+        self._encode_again(run, now)
+        return change.chunk
+
+    def restart(self, request_id: str, seed: int, now: float) -> int:
+        """Forgets the history of a running request; returns the chunk that begins anew.
+
+        Raises: ConflictError when no chunk is left to be begun.
+        """
+        run = self._changeable(request_id)
+        restart = Restart(chunk=run.first_free_chunk, seed=seed)
+        run.restart(restart)
+        self._encode_again(run, now)
+        return restart.chunk
+
+    def _changeable(self, request_id: str) -> RequestRun:
         run = self._runs.get(request_id)
-        chunk = 0 if run is None else run.first_free_chunk
-        if run is None or (run.state.end_chunk is not None and chunk >= run.state.end_chunk):
-            raise ConflictError(f"video {request_id}: its last chunk has begun; no later prompt can be seen")
-        run.change_prompt(PromptChange(chunk=chunk, prompt=prompt, transition_chunks=transition_chunks))
+        if run is None or (run.state.end_chunk is not None and run.first_free_chunk >= run.state.end_chunk):
+            raise ConflictError(f"video {request_id}: its last chunk has begun; no later change can be seen")
+        return run
+
+    def _encode_again(self, run: RequestRun, now: float) -> None:
+        """What changed reaches the DiT groups with a new conditioning, for which the next chunk waits."""
         run.hold("prompt", True)
         self._encoders.add(encode_job(run, self._model, self._config))
         self.turn(now)
-        return chunk
 
     def allow(self, request_id: str, num_chunks: int, now: float) -> None:
         """Lets a request start its first `num_chunks` chunks: its viewer's credit."""

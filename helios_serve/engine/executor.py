@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from helios_serve.types import ExecutorEvent, RoleTask, Signal, TensorRef
+from helios_serve.types import ExecutorEvent, GoldenCheck, RoleTask, Signal, TensorRef
 
 
 class Executor(Protocol):
-    """The groups of all roles together. Except `read`, `put` and `close`, no call blocks; answers arrive through
-    `emit`, from any thread.
+    """The groups of all roles together. Except `read`, `put`, `recheck` and `close`, no call blocks; answers arrive
+    through `emit`, from any thread.
 
     Every task that was submitted gets one answer (Encoded, TaskDone, Parked, Aborted, Decoded or TaskFailed), unless
     its group is lost. An answer's references stay readable until they are dropped, whatever happens to the group.
@@ -43,6 +43,10 @@ class Executor(Protocol):
 
         Raises: ValueError when it is no such record.
         """
+
+    def recheck(self, timeout_s: float) -> tuple[GoldenCheck, ...]:
+        """Has every DiT group that is up make its golden chunk again, at its next step boundary. Running chunks wait
+        for that, and are as they would have been. Blocks, on any thread; one call at a time."""
 
     def close(self, drain_s: float) -> None:
         """Stops the workers and waits for them, at most `drain_s`; work in flight is lost."""

@@ -14,7 +14,7 @@ from helios_serve.types import DecodeTask, EncodeTask, SamplingParams
 
 def encoding_name(run: RequestRun) -> str:
     """The pool's name of the encoding that the next chunk needs."""
-    return f"encode{run.num_prompt_changes}"
+    return f"encode{run.num_changes}"
 
 
 def encode_job(run: RequestRun, model: CostModel, config: EngineConfig) -> PoolJob:

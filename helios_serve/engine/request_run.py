@@ -17,6 +17,7 @@ from helios_serve.types import (
     Failure,
     PlayState,
     PromptChange,
+    Restart,
     Resume,
     Segment,
     TensorRef,
@@ -46,7 +47,7 @@ class RequestRun:
     parked: TensorRef | None = None
     segments: dict[int, Segment] = field(default_factory=dict)
     """Decoded and not published: an earlier chunk is still missing."""
-    num_prompt_changes: int = 0
+    num_changes: int = 0
     num_dispatched: int = 0
     num_undecoded: int = 0
     num_committed: int = 0
@@ -113,7 +114,14 @@ class RequestRun:
         """From `change.chunk` on, whose denoising has not begun; a change that begins there or later is replaced."""
         kept = tuple(earlier for earlier in self.request.prompts if earlier.chunk < change.chunk)
         self.state.request = replace(self.request, prompts=(*kept, change))
-        self.num_prompt_changes += 1
+        self.num_changes += 1
+
+    def restart(self, restart: Restart) -> None:
+        """From `restart.chunk` on, whose denoising has not begun, the history is new."""
+        params = self.request.params
+        kept = tuple(earlier for earlier in params.restarts if earlier.chunk < restart.chunk)
+        self.state.request = replace(self.request, params=replace(params, restarts=(*kept, restart)))
+        self.num_changes += 1
 
     def encoded(self, conditioning: TensorRef, generator_state: bytes) -> None:
         """The encoder's answer: the request can run its next chunk."""
@@ -130,7 +138,8 @@ class RequestRun:
         chunk = self.state.next_chunk
         pinned = self.request.pinned_chunk(chunk)
         self.num_dispatched += 1
-        trail = range(max(0, chunk - NUM_TRAIL_CHUNKS), chunk)
+        params = self.request.params
+        trail = range(max(params.start_of(chunk), chunk - NUM_TRAIL_CHUNKS), chunk)
         return ChunkTask(
             task_id=f"{self.request_id}/c{chunk}.{self.num_dispatched}",
             request_id=self.request_id,
@@ -141,6 +150,7 @@ class RequestRun:
             generator_state=self.generator_state,
             parked=self.parked,
             predicted_s=predicted_s,
+            seed=params.seed_at(chunk),
         )
 
     def add(self, record: ChunkRecord) -> None:

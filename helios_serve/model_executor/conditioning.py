@@ -70,6 +70,11 @@ class Conditioning:
         return (*(text.embeds for text in texts), self.history.frames, *first)
 
 
+def fresh_generator_state(seed: int) -> bytes:
+    """Of a request's generator before its first draw."""
+    return torch.Generator().manual_seed(seed).get_state().numpy().tobytes()
+
+
 def starting_history(request: VideoRequest, vae: WanVAE, generator: torch.Generator) -> History:
     """The history before the first chunk, drawing from `generator` as the reference does."""
     if request.image is not None:

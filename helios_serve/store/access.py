@@ -53,10 +53,14 @@ class Access:
     async def check_key(self, key_id: str, secret: str) -> ApiKey | None:
         """The key, if it exists, the secret is its own, and it has neither expired nor been revoked; in the same time
         whatever of these is wrong."""
-        found = await self._db.read(_valid_key, key_id)
+        found = await self.key(key_id)
         expected = _sha256("") if found is None else found.secret_sha256
         is_equal = hmac.compare_digest(expected, _sha256(secret))
         return found if is_equal else None
+
+    async def key(self, key_id: str) -> ApiKey | None:
+        """The key with this id, unless it has expired or been revoked."""
+        return await self._db.read(_valid_key, key_id)
 
     async def keys(self) -> list[ApiKey]:
         """All keys, revoked and expired ones too, oldest first."""
@@ -85,7 +89,14 @@ class Access:
         await self._db.write(_delete_owned, file, tenant_id, file_id)
 
     async def add_endpoint(
-        self, *, endpoint_id: str, tenant_id: str, url: str, secret: str, event_types: Collection[str] = ()
+        self,
+        *,
+        endpoint_id: str,
+        tenant_id: str,
+        url: str,
+        secret: str,
+        event_types: Collection[str] = (),
+        name: str | None = None,
     ) -> WebhookEndpoint:
         values = {
             "id": endpoint_id,
@@ -94,6 +105,7 @@ class Access:
             "secret": secret,
             "event_types": list(event_types),
             "created_at": db_now(),
+            "name": name,
         }
         return _endpoint(await self._db.write(_insert, webhook_endpoint, values))
 
@@ -107,7 +119,7 @@ class Access:
         )
 
     async def change_endpoint(self, tenant_id: str, endpoint_id: str, changes: Mapping[str, Any]) -> WebhookEndpoint:
-        """Sets `url`, `event_types`, `is_disabled`. Raises NotFoundError."""
+        """Sets `url`, `event_types`, `is_disabled`, `name`. Raises NotFoundError."""
         return _endpoint(await self._db.write(_change, webhook_endpoint, tenant_id, endpoint_id, dict(changes)))
 
     async def rotate_secret(self, tenant_id: str, endpoint_id: str, secret: str) -> WebhookEndpoint:

@@ -167,6 +167,7 @@ def _commit_latents(connection: sa.Connection, lease: Lease, commit: LatentsComm
             is_suspect=False,
             solo_crashes=0,
             bytes_stored=job.c.bytes_stored + commit.latents.num_bytes,
+            **({} if commit.pinned_chunk is None else {"pinned_chunk": commit.pinned_chunk}),
         )
     )
     if moved.rowcount == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from obstore.exceptions import BaseError as ObjectStoreError
 from obstore.store import LocalStore, ObjectStore, S3Store, from_url
 
 from helios_serve.faults import NO_FAULTS, FaultPlan
+from helios_serve.store import schema
 from helios_serve.store.access import Access
 from helios_serve.store.blob_cache import BlobCache
 from helios_serve.store.blobs import BlobStore
@@ -21,7 +24,7 @@ from helios_serve.store.database import Database, postgres_engine, sqlite_engine
 from helios_serve.store.errors import StoreStartError
 from helios_serve.store.jobs import JobStore
 from helios_serve.store.leases import LEASE_S, Leases
-from helios_serve.store.migrations import migrate
+from helios_serve.store.migrations import migrate, version_of
 from helios_serve.store.retention import Retention
 
 if TYPE_CHECKING:
@@ -84,7 +87,7 @@ def open_stores(config: StoreConfig, *, faults: FaultPlan = NO_FAULTS) -> Stores
     data_dir = DataDir(config.data_dir, exclusive=url is None)
     engine: sa.Engine | None = None
     try:
-        engine = sqlite_engine(config.data_dir / DATABASE_FILE) if url is None else postgres_engine(url)
+        engine = _engine(config, url)
         store_id = migrate(engine)
         sync_dir(config.data_dir)
         blobs = _blobs(config, store_id, faults)
@@ -106,6 +109,34 @@ def open_stores(config: StoreConfig, *, faults: FaultPlan = NO_FAULTS) -> Stores
         database=database,
         data_dir=data_dir,
     )
+
+
+@contextmanager
+def open_access(config: StoreConfig) -> Iterator[Access]:
+    """The keys and receivers of a database alone: for a command beside the servers of a Postgres database, or while no
+    server uses the data directory.
+
+    Raises: StoreStartError, with what to do; also for an older schema, because servers that know no other may run.
+    """
+    url = None if config.database_url is None else _database_url(config.database_url)
+    with ExitStack() as opened:
+        if url is None:
+            opened.enter_context(closing(DataDir(config.data_dir, exclusive=True)))
+        engine = _engine(config, url)
+        opened.callback(engine.dispose)
+        with engine.connect() as connection:
+            found = version_of(connection)
+        if found not in (None, schema.VERSION):
+            raise StoreStartError(
+                f"the store has schema {found}, and this helios-serve writes schema {schema.VERSION}: start a server of"
+                " this version once, which brings the store up"
+            )
+        migrate(engine)
+        yield Access(opened.enter_context(closing(Database(engine))))
+
+
+def _engine(config: StoreConfig, url: sa.URL | None) -> sa.Engine:
+    return sqlite_engine(config.data_dir / DATABASE_FILE) if url is None else postgres_engine(url)
 
 
 def _database_url(text: str) -> sa.URL:

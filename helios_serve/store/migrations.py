@@ -27,6 +27,7 @@ STEPS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE job ADD COLUMN pruned BOOLEAN DEFAULT {false} NOT NULL",
         "CREATE INDEX ix_job_expires_at ON job (expires_at)",
     ),
+    3: ("ALTER TABLE webhook_endpoint ADD COLUMN name TEXT",),
 }
 """Version -> the statements that lead to it from the one before."""
 

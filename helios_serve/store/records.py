@@ -141,13 +141,14 @@ class Created:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentsCommit:
     """The DiT half of a chunk. latents: its 9 latent frames in float32. rng: generator state after it. ctl_seq: the
-    last control that is in force."""
+    last control that is in force. pinned_chunk: the chunk whose first frame later histories hold, where it changes."""
 
     chunk: int
     latents: BlobRef
     rng: bytes
     attempt: int = 0
     ctl_seq: int = 0
+    pinned_chunk: int | None = None
     stats: Json = field(default_factory=dict)
 
 
@@ -266,7 +267,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebhookEndpoint:
-    """event_types: empty for all. previous_secret: still signs while a rotation is young."""
+    """event_types: empty for all. previous_secret: still signs while a rotation is young. name: its owner's word."""
 
     id: str
     tenant: str
@@ -277,6 +278,7 @@ class WebhookEndpoint:
     event_types: tuple[str, ...]
     is_disabled: bool
     created_at: float
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

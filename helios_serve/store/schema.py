@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-VERSION = 2
+VERSION = 3
 """The schema that this code reads and writes."""
 
 metadata = sa.MetaData()
@@ -211,6 +211,7 @@ webhook_endpoint = sa.Table(
     _json("event_types"),
     _flag("disabled", "is_disabled"),
     _time("created_at", required=True),
+    _text("name", required=False),  # since schema 3
     sa.Index("ix_webhook_endpoint_tenant", "tenant", "created_at", "id"),
 )
 

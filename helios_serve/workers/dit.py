@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from helios_serve.model_executor.batch import ChunkInput, ParkedChunk
-from helios_serve.model_executor.conditioning import Conditioning
+from helios_serve.model_executor.conditioning import Conditioning, fresh_generator_state
 from helios_serve.model_executor.golden import golden_digest
 from helios_serve.model_executor.runner import Runner, StepResult
 from helios_serve.parallel.collectives import RankGroup
@@ -70,6 +70,8 @@ class StepPlan:
     parked: tuple[str, ...] = ()
     aborted: tuple[str, ...] = ()
     active: tuple[str, ...] = ()
+    recheck: int = 0
+    """Not 0: the number of a golden check that is made before the step."""
     stop: bool = False
 
 
@@ -103,6 +105,8 @@ class DitWorker:
         self._inbox: dict[str, tuple[ChunkTask, ChunkInputs]] = {}
         self._started_s: dict[str, float] = {}
         self._signals: OrderedDict[str, Signal] = OrderedDict()
+        self._asked_check = 0
+        self._made_check: tuple[int, str | Exception] = (0, "")
         self._is_closing = False
         self._num_steps = 0
 
@@ -141,11 +145,28 @@ class DitWorker:
             self._changed.notify_all()
 
     def golden(self) -> str:
-        """The digest of the fixed chunk, BLAKE2b-128 of its float32 latents; not while `run` runs.
+        """The digest of the fixed chunk, BLAKE2b-128 of its float32 latents; while `run` runs use `recheck`.
 
         Raises: NotFiniteError when the transformer makes NaN or infinity.
         """
         return golden_digest(self._runner.transformer, self._runner.rules)
+
+    def recheck(self, number: int, timeout_s: float) -> str:
+        """The digest of the fixed chunk, made anew at a step boundary while `run` runs. Every rank is asked, under the
+        same number; numbers rise from 1.
+
+        Raises: TimeoutError when no boundary comes; what the chunk raises.
+        """
+        with self._changed:
+            self._asked_check = number
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_closing or self._made_check[0] >= number, timeout=timeout_s)
+            made, found = self._made_check
+            if made < number:
+                raise TimeoutError(f"no step boundary within {timeout_s:g} s, or the worker ends")
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def run(self) -> None:
         """Plan, obey, step, until rank 0 closes.
@@ -157,6 +178,8 @@ class DitWorker:
             if plan.stop:
                 return
             self._obey(plan)
+            if plan.recheck:
+                self._make_check(plan.recheck)
             if self._runner.active:
                 self._before_step()
                 self._step()
@@ -168,7 +191,7 @@ class DitWorker:
         with self._changed:
             if not self._runner.active:
                 patience_s = None if self._ranks.size == 1 else self._ranks.timeout_s / 4
-                self._changed.wait_for(lambda: self._is_closing or self._inbox, timeout=patience_s)
+                self._changed.wait_for(lambda: self._is_closing or self._inbox or self._is_to_check, timeout=patience_s)
             joined, running = tuple(self._inbox), self._runner.active
             here = (*running, *joined)
             told = {task_id: self._signals.pop(task_id) for task_id in here if task_id in self._signals}
@@ -177,8 +200,25 @@ class DitWorker:
                 parked=tuple(task_id for task_id, op in told.items() if op == "park"),
                 aborted=tuple(task_id for task_id, op in told.items() if op == "abort"),
                 active=tuple(task_id for task_id in here if task_id not in told),
+                recheck=self._asked_check if self._is_to_check else 0,
                 stop=self._is_closing,
             )
+
+    @property
+    def _is_to_check(self) -> bool:
+        return self._asked_check > self._made_check[0]
+
+    def _make_check(self, number: int) -> None:
+        """A chunk of its own beside those that run; whatever it raises ends nothing else."""
+        self._before_step()
+        found: str | Exception
+        try:
+            found = self.golden()
+        except Exception as error:
+            found = error
+        with self._changed:
+            self._made_check = (number, found)
+            self._changed.notify_all()
 
     def _obey(self, plan: StepPlan) -> None:
         for task_id in plan.joined:
@@ -263,4 +303,5 @@ def _chunk_input(task: ChunkTask, inputs: ChunkInputs) -> ChunkInput:
         ):  # it may be dropped, and its memory reused by the encoder's stream, while ours still reads it
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
     history = conditioning.history.followed_by(inputs.trail, inputs.first)
-    return conditioning.chunk_input(task.task_id, task.request_id, task.chunk, history, task.generator_state)
+    generator_state = task.generator_state if task.seed is None else fresh_generator_state(task.seed)
+    return conditioning.chunk_input(task.task_id, task.request_id, task.chunk, history, generator_state)

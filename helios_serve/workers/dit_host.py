@@ -90,6 +90,9 @@ class DitHost:
     def signal(self, task_id: str, op: Signal) -> None:
         self._worker.signal(task_id, op)
 
+    def recheck(self, number: int, timeout_s: float) -> str:
+        return self._worker.recheck(number, timeout_s)
+
     def join(self) -> None:
         self._thread.join()
         raise RuntimeError(f"the step loop of rank {self._rank} ended: {self._ended!r}") from self._ended

@@ -42,6 +42,9 @@ class Host(Protocol):
         """Does a task: the event that answers it, and what `key` in that event stands for."""
 
     def signal(self, task_id: str, op: Signal) -> None: ...
+    def recheck(self, number: int, timeout_s: float) -> str:
+        """The golden chunk's digest, made anew; of a DiT rank."""
+
     def join(self) -> None:
         """Waits until the process can do no more work, and raises the reason."""
 
@@ -109,6 +112,9 @@ class PoolHost(ABC):
 
     def signal(self, task_id: str, op: Signal) -> None:
         raise AssertionError(f"{op} {task_id}: only chunks take signals")
+
+    def recheck(self, number: int, timeout_s: float) -> str:
+        raise AssertionError(f"check {number}: only DiT ranks have a golden chunk")
 
     def join(self) -> None:
         threading.Event().wait()

@@ -33,6 +33,7 @@ from helios_serve.types import (
     Encoded,
     EncodeTask,
     ExecutorEvent,
+    GoldenCheck,
     GroupLost,
     GroupUp,
     Parked,
@@ -138,6 +139,8 @@ class LocalExecutor:
         self._decodes: RoleQueue[tuple[DecodeTask, Tensor]] = RoleQueue()
         self._muxes: queue.SimpleQueue[tuple[DecodeTask, Pictures] | None] = queue.SimpleQueue()
         self._up: list[Group] = []
+        self._golden: str | None = None
+        self._check_numbers = itertools.count(1)
         self._closing = threading.Event()
         self._listener: Callable[[ExecutorEvent], None] = lambda _: None
         self._threads = [
@@ -177,6 +180,16 @@ class LocalExecutor:
     def put(self, name: str, record: bytes) -> TensorRef:
         latents = latents_of(record).to(self._device)
         return self._table.put(f"{name}#{next(self._put_numbers)}", latents, (latents,))
+
+    def recheck(self, timeout_s: float) -> tuple[GoldenCheck, ...]:
+        if DIT not in self._up:
+            return ()
+        try:
+            found = self._dit.recheck(next(self._check_numbers), timeout_s)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            return (GoldenCheck(group=DIT, expected=self._golden, found=None, problem=problem),)
+        return (GoldenCheck(group=DIT, expected=self._golden, found=found),)
 
     def close(self, drain_s: float) -> None:
         self._closing.set()
@@ -237,8 +250,8 @@ class LocalExecutor:
         )
 
     def _run_dit(self) -> None:
-        golden = self._dit.golden()
-        self._say_up(DIT, golden)
+        self._golden = self._dit.golden()
+        self._say_up(DIT, self._golden)
         self._dit.run()
 
     def _hand_on(self, answer: Answer) -> None:

@@ -90,6 +90,11 @@ class HostActor:
     def signal(self, task_id: str, op: Signal) -> None:
         self._ready().signal(task_id, op)
 
+    @ray.method(concurrency_group="tasks")
+    def recheck(self, number: int, timeout_s: float) -> str:
+        """The golden chunk's digest, made anew."""
+        return self._ready().recheck(number, timeout_s)
+
     @ray.method(concurrency_group="tasks", num_returns=2)
     def run(self, task: RoleTask, refs: Mapping[str, Any], key: str) -> tuple[Batch, Payload | None]:
         """Does a task: the events up to its answer, and what `key` stands for in there.

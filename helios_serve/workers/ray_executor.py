@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Any
 
@@ -28,6 +29,7 @@ from helios_serve.types import (
     DecodeTask,
     Encoded,
     ExecutorEvent,
+    GoldenCheck,
     GroupLost,
     GroupUp,
     Parked,
@@ -118,6 +120,14 @@ class RayExecutor:
         key = f"{name}#put{next(self._put_numbers)}"
         self._objects[key] = ray.put(payload)
         return TensorRef(key=key, num_bytes=num_bytes(payload))
+
+    def recheck(self, timeout_s: float) -> tuple[GoldenCheck, ...]:
+        work = self._recheck(timeout_s)
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s + END_TIMEOUT_S)
+        except (RuntimeError, TimeoutError, CancelledError):  # the loop is closed, or closes meanwhile
+            work.close()
+            return ()
 
     def close(self, drain_s: float) -> None:
         if self._thread.ident is None:
@@ -333,6 +343,11 @@ class RayExecutor:
         life = self._groups[name].life
         if life is not None and life.is_up:
             life.hosts[0].signal.remote(task_id, op)
+
+    async def _recheck(self, timeout_s: float) -> tuple[GoldenCheck, ...]:
+        lives = [life for group in self._groups.values() if (life := group.life) is not None]
+        asked = [life.recheck(timeout_s) for life in lives if life.is_up and life.seat.role == "dit"]
+        return tuple(await asyncio.gather(*asked))
 
     def _drop(self, refs: Sequence[TensorRef]) -> None:
         for ref in refs:

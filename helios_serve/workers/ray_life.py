@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from helios_serve.config import ExecutorConfig, ModelConfig
 from helios_serve.faults import FaultPlan
-from helios_serve.types import ExecutorEvent, Role
+from helios_serve.types import ExecutorEvent, GoldenCheck, Role
 from helios_serve.workers.ray_actors import HOST, REAPER
 from helios_serve.workers.ray_wire import VERSION, Hello, HostSpec, Inbox
 
@@ -64,6 +64,8 @@ class Life:
     def __init__(self, seat: Seat, incarnation: int, emit: Callable[[ExecutorEvent], None]) -> None:
         self.seat, self.incarnation = seat, incarnation
         self.is_up = False
+        self.golden: str | None = None
+        self.num_checks = 0
         self.hosts: list[Any] = []
         self.hellos: tuple[Hello, ...] = ()
         self.inbox = Inbox(emit)
@@ -106,8 +108,24 @@ class Life:
         if len(set(goldens)) > 1:
             raise RuntimeError(f"the ranks differ in their golden chunk: {goldens}")
         await asyncio.gather(*(host.start.remote() for host in self.hosts))
-        golden: str | None = goldens[0]
-        return golden
+        self.golden = goldens[0]
+        return self.golden
+
+    async def recheck(self, timeout_s: float) -> GoldenCheck:
+        """Has all ranks make the golden chunk again."""
+        self.num_checks += 1
+        group, expected = self.seat.group, self.golden
+        try:
+            async with asyncio.timeout(timeout_s):
+                asked = [host.recheck.remote(self.num_checks, timeout_s) for host in self.hosts]
+                found = await asyncio.gather(*asked)
+        except TimeoutError:
+            return GoldenCheck(group=group, expected=expected, found=None, problem=f"no answer within {timeout_s:g} s")
+        except RayError as error:
+            return GoldenCheck(group=group, expected=expected, found=None, problem=reason(error))
+        if len(set(found)) > 1:
+            return GoldenCheck(group=group, expected=expected, found=None, problem=f"the ranks differ: {found}")
+        return GoldenCheck(group=group, expected=expected, found=found[0])
 
     def cancel(self) -> None:
         """Ends the coroutines: nothing more is heard of this incarnation."""

@@ -108,19 +108,7 @@ def test_json_and_form_are_the_same_request(curl: Curl, server: LiveServer, pict
     assert server.ended(made.json["id"])["status"] == "completed"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "prompts",
-        pytest.param(
-            "helios[prompts]",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="API.md 2.2 writes helios[prompts][][chunk]; the server knows prompts only at the top",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["prompts", "helios[prompts]"])
 def test_a_list_of_objects_in_brackets(curl: Curl, server: LiveServer, name: str) -> None:
     """Grouped by key, as the SDK writes it."""
     schedule = ["[chunk]=0", "[chunk]=1", "[prompt]=a fox", "[prompt]=a wolf"]

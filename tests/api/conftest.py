@@ -112,6 +112,9 @@ class FakeEngine:
     def change_prompt(self, request_id: str, prompt: str, transition_chunks: int) -> int:
         return 1
 
+    def restart(self, request_id: str, seed: int) -> int:
+        return 1
+
     def allow(self, request_id: str, num_chunks: int) -> None:
         pass
 

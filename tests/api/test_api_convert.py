@@ -105,6 +105,7 @@ def test_mid_and_base_defaults(parse: Parse, mid: ModelInfo, base: ModelInfo) ->
         ({"profile": "realtime", "steps": [3, 2, 1]}, (3, 2, 1), ["profile"]),
         ({"service_class": "realtime", "steps": [3, 2, 1]}, (3, 2, 1), []),
         ({"extra_body": {"pyramid_num_inference_steps_list": [4, 4, 4]}}, (4, 4, 4), []),
+        ({"sampling_params": {"pyramid_steps": [4, 4, 4], "num_frames": 66, "seed": 7}}, (4, 4, 4), []),
         ({"steps": [2, 2, 2], "helios": {"steps": [2, 2, 2]}}, (2, 2, 2), []),
         ({"is_enable_stage2": True, "pyramid_num_stages": 3}, (2, 2, 2), []),
     ],

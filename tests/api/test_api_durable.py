@@ -590,6 +590,42 @@ def test_bad_extensions(client: TestClient, body: dict[str, Any], param: str, co
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
 
 
+@pytest.mark.parametrize(
+    "video",
+    [
+        {"file_id": "file_0"},
+        {"video_url": "data:video/mp4;base64,AAAA"},
+        "data:video/mp4;base64,AAAA",
+        {"id": "video_0", "file_id": "file_0"},
+    ],
+)
+def test_a_video_of_somebody_elses_making_is_not_extended(client: TestClient, video: Any) -> None:
+    answer = client.post(f"{VIDEOS}/extensions", json={"prompt": "p", "video": video})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (501, "video", "unsupported_operation")
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_an_uploaded_file_is_not_extended(client: TestClient) -> None:
+    form = {"prompt": (None, "p"), "video": ("a.mp4", b"frames=40", "video/mp4")}
+    answer = client.post(f"{VIDEOS}/extensions", files=form)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (501, "unsupported_operation")
+    assert "send this one as video to /v1/videos" in answer.json()["error"]["message"]
+
+
+def test_an_extension_has_the_limits_of_a_request(client: TestClient) -> None:
+    old = create(client, "exact", num_frames=40)["id"]
+    finished(client, old)
+    body = {"prompt": "p", "video": {"id": old}}
+    for added in ({"num_frames": 7221}, {"seconds": 400}):
+        error = client.post(f"{VIDEOS}/extensions", json={**body, **added}).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_value", next(iter(added)))
+        assert "at most 7260" in error["message"]
+    other = client.post(f"{VIDEOS}/extensions", json={**body, "model": "another"})
+    assert (other.status_code, other.json()["error"]["code"]) == (404, "model_not_found")
+    assert client.post(f"{VIDEOS}/extensions", json={**body, "model": "helios-distilled"}).status_code == 200
+
+
 def test_only_a_finished_video_is_extended(client: TestClient) -> None:
     body = {"prompt": "p", "video": {"id": "video_0"}}
     assert client.post(f"{VIDEOS}/extensions", json=body).status_code == 404

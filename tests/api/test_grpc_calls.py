@@ -177,7 +177,7 @@ def test_remix_and_extend() -> None:
         assert service.log[-1] == ("remix", video_id, "a storm", "remix")
         spec = pb.VideoSpec(prompt="and night falls", seconds=2)
         await stub.CreateVideo(pb.CreateVideoRequest(spec=spec, extend_video_id=video_id))
-        asked = Extension(prompt="and night falls", num_frames=None, seconds=2)
+        asked = Extension(prompt="and night falls", num_frames=None, seconds=2, max_frames=7260)
         assert service.log[-1] == ("extend", video_id, asked, "extend")
 
         refusals = {

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import subprocess
 import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from opentelemetry import trace
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from helios_serve.api.grpc_access import read_headers
-from helios_serve.api.grpc_server import SERVICE, GrpcSettings
+from helios_serve.api.auth import Authenticator, Caller
+from helios_serve.api.convert import Limits, ParsedRequest
+from helios_serve.api.grpc_access import GrpcAccess, read_headers
+from helios_serve.api.grpc_server import SERVICE, GrpcServer, GrpcSettings
+from helios_serve.api.grpc_service import GrpcDesk
+from helios_serve.api.jobs import Created, Origin
 from helios_serve.api.keys import KeyRing, new_key
+from helios_serve.api.limits import Limiter
+from helios_serve.api.probes import Pulse
 from helios_serve.api.proto.helios.video.v1 import video_generation_pb2 as pb
+from helios_serve.api.proto.helios.video.v1.video_generation_pb2_grpc import VideoGenerationServiceStub
+from helios_serve.api.service import VideoService
 from helios_serve.errors import HeliosError
+from helios_serve.telemetry import Metrics
+from helios_serve.tracing import TraceContext, Tracing, current_context
+from helios_serve.tracing_otel import OtelTracing
 from tests.api.grpc_fakes import NO_PROXY, FakeVideoService, Served, refused, run, serving
-from tests.api.session_fakes import Script
+from tests.api.session_fakes import Script, parsed_of
 
 NAME = SERVICE.full_name
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -96,15 +113,16 @@ def test_the_first_value_of_a_header_counts_and_bad_ones_do_not() -> None:
             ("x-request-id", "a" * 129),
             ("authorization", "Bearer one"),
             ("authorization", "Bearer two"),
-            ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+            ("traceparent", TRACEPARENT),
+            ("tracestate", "vendor=1"),
             ("idempotency-key", "k"),
             ("grpc-trace-bin", b"\x00"),
         ]
     )
     assert headers.request_id.startswith("req_")
     assert (headers.authorization, headers.idempotency_key) == ("Bearer one", "k")
-    assert headers.traceparent == "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    assert read_headers([("traceparent", "00-xyz")]).traceparent is None
+    assert headers.trace == TraceContext(traceparent=TRACEPARENT, tracestate="vendor=1")
+    assert read_headers([("traceparent", "00-xyz")]).trace is None
 
 
 def test_keys_and_scopes() -> None:
@@ -225,6 +243,126 @@ def test_a_drain_ends_a_call_that_nobody_reads() -> None:
         assert ("left", video_id) in served.service.log
 
     run(scenario, Script(padding_bytes=3_000_000))
+
+
+@asynccontextmanager
+async def watched(
+    service: FakeVideoService, *, pulse: Pulse | None = None, tracing: Tracing | None = None
+) -> AsyncIterator[grpc.aio.Channel]:
+    """A client of a server with this pulse and tracing; its key is not needed."""
+
+    async def parsed(body: Mapping[str, object], caller: Caller) -> ParsedRequest:
+        return parsed_of(body)
+
+    limiter = Limiter()
+    desk = GrpcDesk(
+        service=cast(VideoService, service),
+        parsed=parsed,
+        parsed_live=parsed,
+        limiter=limiter,
+        limits=Limits(),
+        content_url=lambda video_id: video_id,
+    )
+    access = GrpcAccess(Authenticator([]), limiter)
+    server = GrpcServer(desk, access, Metrics("m"), GrpcSettings(), pulse=pulse, tracing=tracing)
+    port = await server.start()
+    try:
+        async with asyncio.timeout(60), grpc.aio.insecure_channel(f"127.0.0.1:{port}", NO_PROXY) as channel:
+            yield channel
+    finally:
+        await service.close()
+        await server.drain(0.0)
+        await server.stop()
+
+
+def test_the_health_of_the_server_follows_its_pulse() -> None:
+    silent_s = 0.0
+
+    async def main() -> None:
+        nonlocal silent_s
+        async with watched(FakeVideoService(), pulse=Pulse(lambda: silent_s)) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=""))
+            assert (await watch.read()).status == SERVING
+            silent_s = 5.0
+            assert (await watch.read()).status == NOT_SERVING
+            assert (await stub.Check(health_pb2.HealthCheckRequest(service=NAME))).status == SERVING
+            silent_s = 0.1
+            assert (await watch.read()).status == SERVING
+            watch.cancel()
+
+    asyncio.run(main())
+
+
+class TracedService(FakeVideoService):
+    """Notes the place in a trace at which each job was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contexts: list[TraceContext | None] = []
+
+    async def create(self, caller: Caller, parsed: ParsedRequest, origin: Origin) -> Created:
+        self.contexts.append(current_context())
+        return await super().create(caller, parsed, origin)
+
+
+def test_a_call_is_a_span_of_the_callers_trace_and_the_service_works_inside(caplog: pytest.LogCaptureFixture) -> None:
+    exporter, service = InMemorySpanExporter(), TracedService()
+    tracing = OtelTracing(exporter, version="1")
+    given = (("traceparent", TRACEPARENT), ("x-request-id", "mine"), ("authorization", "Bearer hs_secret"))
+
+    async def main() -> None:
+        async with watched(service, tracing=tracing) as channel:
+            stub: Any = cast(Any, VideoGenerationServiceStub)(channel)
+            spec = pb.VideoSpec(prompt="a secret lake", width=64, height=64, num_frames=33)
+            await stub.CreateVideo(pb.CreateVideoRequest(spec=spec), metadata=given)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.GetVideo(pb.GetVideoRequest(id="video_x"))
+            call = stub.Generate(pb.GenerateRequest(spec=spec))
+            await anext(aiter(call))
+            call.cancel()
+            while len(_access_lines(caplog)) < 3:
+                await asyncio.sleep(0.01)
+            service.error = RuntimeError("broken")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.CreateVideo(pb.CreateVideoRequest(spec=spec))
+
+    with caplog.at_level("INFO", "helios_serve.access"):
+        asyncio.run(main())
+    tracing.close()
+    made, missing, left, broken = exporter.get_finished_spans()
+    assert made.name == f"{NAME}/CreateVideo"
+    assert made.kind is trace.SpanKind.SERVER
+    assert made.parent is not None
+    assert made.parent.span_id == 0xB7AD6B7169203331
+    own = made.get_span_context()
+    assert own is not None
+    assert own.trace_id == 0x0AF7651916CD43DD8448EB211C80319C
+    assert service.contexts[0] is not None
+    assert service.contexts[0].traceparent == f"00-{own.trace_id:032x}-{own.span_id:016x}-01"
+    assert made.attributes == {
+        "rpc.system": "grpc", "rpc.service": NAME, "rpc.method": "CreateVideo", "rpc.grpc.status_code": 0
+    }  # fmt: skip
+    codes = [dict(span.attributes or {})["rpc.grpc.status_code"] for span in (missing, left, broken)]
+    assert codes == [5, 1, 13]
+    assert [span.status.status_code for span in (made, missing, left)] == [trace.StatusCode.UNSET] * 3
+    assert broken.status.status_code is trace.StatusCode.ERROR
+
+    lines = _access_lines(caplog)
+    assert [line.getMessage() for line in lines] == [
+        f"GRPC /{NAME}/CreateVideo OK",
+        f"GRPC /{NAME}/GetVideo NOT_FOUND",
+        f"GRPC /{NAME}/Generate CANCELLED",
+        f"GRPC /{NAME}/CreateVideo INTERNAL",
+    ]
+    first = vars(lines[0])
+    assert (first["method"], first["status"], first["client"]) == ("GRPC", "OK", "127.0.0.1")
+    assert first["duration_s"] >= 0
+    assert "secret" not in "".join(str(vars(line)) for line in lines)
+
+
+def _access_lines(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == "helios_serve.access"]
 
 
 def test_an_address_that_is_taken() -> None:

@@ -207,3 +207,74 @@ def test_a_key_with_one_session_resumes_it_and_opens_no_other(run: Run) -> None:
             await second.socket.close()
 
     run(scenario, caller=LIMITED)
+
+
+def pixels(data: bytes) -> list[bytes]:
+    with av.open(io.BytesIO(data)) as container:
+        return [frame.to_ndarray(format="yuv420p").tobytes() for frame in container.decode(video=0)]
+
+
+async def played(server: Server, seed: int, num_chunks: int, change: Callable[[Client], Any] | None = None) -> Client:
+    """A session of that many segments; `change` is awaited after the first one."""
+    async with server.session(**OURS, seed=seed, max_ahead_segments=2) as client:
+        await client.segment()
+        if change is not None:
+            await change(client)
+        while len(client.segments) < num_chunks:
+            await client.send("session.ack", segment=len(client.segments) - 1)
+            await client.segment()
+        await client.send("session.stop")
+        await client.closed()
+    return client
+
+
+def test_a_reset_begins_another_video_on_the_same_timeline(run: Run) -> None:
+    async def reset(client: Client) -> None:
+        for _ in range(2):  # the second is a retry of the first
+            await client.send("session.control", action="reset", seed=11, event_id="again")
+        await client.send("session.control", action="reset", seed=12, event_id="again")
+        assert (await client.message("error"))["code"] == "event_id_conflict"
+
+    async def scenario(server: Server, service: VideoService) -> None:
+        client = await played(server, 5, 5, reset)
+        told = [m for m in client.messages if m["type"] == "session.state" and m.get("event_id") == "again"]
+        assert len(told) == 1
+        begins = sum(m["type"] == "video.chunk_metadata" for m in client.messages[: client.messages.index(told[0])])
+        assert 1 <= begins <= 3
+        assert [metadata["start_frame"] for metadata, _ in client.segments] == [33 * index for index in range(5)]
+        before, after = [pixels((await played(server, seed, 3)).video) for seed in (5, 11)]
+        made = pixels(client.video)
+        count = min(5 - begins, 3) * 33
+        assert made[: 33 * begins] == before[: 33 * begins]
+        assert made[33 * begins : 33 * begins + count] == after[:count]
+        assert after[:33] != before[:33]
+        assert made[33 * begins : 33 * begins + 33] != before[33 * begins : 33 * begins + 33]
+
+    run(scenario)
+
+
+def test_a_reset_that_was_confirmed_survives_the_server(run: Run) -> None:
+    lost: list[Client] = []
+
+    async def first(server: Server, service: VideoService) -> None:
+        async with server.session(**OURS, seed=5, max_ahead_segments=1) as client:
+            await client.segment()
+            assert await client.is_silent(0.5)
+            await client.send("session.control", action="reset", seed=11, event_id="again")
+            await client.send("session.ping")
+            await client.message("session.pong")
+            lost.append(client)
+
+    async def second(server: Server, service: VideoService) -> None:
+        client = await resumed(server, lost[0])
+        for _ in range(2):
+            await client.segment()
+            await client.send("session.ack", segment=len(client.segments))
+        await client.send("session.stop")
+        await client.closed()
+        fresh = pixels((await played(server, 11, 2)).video)
+        assert pixels(lost[0].segments[0][1] + b"".join(media for _, media in client.segments))[33:99] == fresh[:66]
+        assert [metadata["start_frame"] for metadata, _ in client.segments][:2] == [33, 66]
+
+    run(first)
+    run(second)

@@ -26,9 +26,10 @@ from helios_serve.api.signed_urls import (
     UrlSigner,
     Use,
     load_signing_keys,
+    read_signing_keys,
     rotate_signing_keys,
+    signing_keys_file,
     signing_keys_from,
-    without_token,
 )
 from helios_serve.errors import InvalidRequestError
 
@@ -225,19 +226,56 @@ def test_servers_that_start_together_agree_on_the_secret(tmp_path: Path) -> None
 
 
 def test_replicas_with_the_same_given_secret_understand_each_other() -> None:
-    one, two = signing_keys_from("a" * 32), signing_keys_from("b" * 32, previous="a" * 32)
+    one, two = signing_keys_from("a" * 32), signing_keys_from("b" * 32, "a" * 32)
     assert UrlSigner(two).verify(UrlSigner(one).sign(VIDEO, "stream", NOW), VIDEO, "stream", NOW)
     with pytest.raises(ValueError, match="at least 32"):
         signing_keys_from("short")
 
 
+def test_a_rotation_over_replicas_ends_no_token() -> None:
+    """The new secret verifies everywhere before it signs anywhere; the old one verifies until its tokens have ended."""
+    old, new = "a" * 32, "b" * 32
+    for one, two in ((f"{old}\n", f"{old}\n{new}\n"), (f"{old},{new}", f"{new} {old}"), (f"{new}, {old}", new)):
+        here, there = UrlSigner(read_signing_keys(one)), UrlSigner(read_signing_keys(two))
+        assert there.verify(here.sign(VIDEO, "stream", NOW), VIDEO, "stream", NOW)
+    with pytest.raises(AuthenticationError):
+        UrlSigner(read_signing_keys(new)).verify(
+            UrlSigner(read_signing_keys(old)).sign(VIDEO, "stream", NOW), VIDEO, "stream", NOW
+        )
+    three = read_signing_keys(f"{new}\n{old}\n{'c' * 32}")
+    assert [key.secret[:1] for key in three.in_order] == [b"b", b"a", b"c"]
+    assert UrlSigner(three).verify(UrlSigner(read_signing_keys("c" * 32)).sign(VIDEO, "hls", NOW), VIDEO, "hls", NOW)
+
+
+def test_a_file_of_signing_secrets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "signing"
+    path.write_text(f"# made in March\n{'a' * 32}  # old\n\n{'b' * 32}\n")
+    path.chmod(0o600)
+    assert signing_keys_file(path) == signing_keys_from("a" * 32, "b" * 32)
+    assert caplog.text == ""
+    path.chmod(0o644)
+    signing_keys_file(path)
+    assert "mode 0644 lets others read it" in caplog.text
+
+
 @pytest.mark.parametrize(
-    ("text", "clean"),
+    ("content", "problem"),
     [
-        ("/v1/videos/x/content?token=abc.d-e_f&variant=video", "/v1/videos/x/content?token=[removed]&variant=video"),
-        ('"GET /x?a=1&token=abc HTTP/1.1" 200', '"GET /x?a=1&token=[removed] HTTP/1.1" 200'),
-        ("/x?mytoken=1", "/x?mytoken=1"),
+        (b"# nothing\n", "none is given"),
+        (b"hunter2hunter2\n", "14 bytes; at least 32 are needed"),
+        (b"a" * 32 + b"\n" + b"a" * 32, "one is there twice"),
+        (b"\xff" * 40, "is not UTF-8 text"),
+        (None, "No such file"),
     ],
 )
-def test_tokens_are_kept_out_of_logs(text: str, clean: str) -> None:
-    assert without_token(text) == clean
+def test_a_file_of_signing_secrets_that_does_not_do_is_named_and_not_quoted(
+    tmp_path: Path, content: bytes | None, problem: str
+) -> None:
+    path = tmp_path / "signing"
+    if content is not None:
+        path.write_bytes(content)
+        path.chmod(0o600)
+    with pytest.raises(ValueError, match=problem) as caught:
+        signing_keys_file(path)
+    assert str(caught.value).startswith(f"signing_keys_file {path}: ")
+    assert "hunter2" not in str(caught.value)

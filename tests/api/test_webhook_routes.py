@@ -36,6 +36,18 @@ def app_of(world: World, sender: WebhookSender) -> FastAPI:
     return serve(world, webhook_router(world.stores.access, sender, world.access()))
 
 
+def test_a_receiver_without_a_name_is_called_by_its_host(world: World) -> None:
+    bearer = world.key("a")
+
+    async def work() -> None:
+        async with calling(app_of(world, sender_of(world.stores))) as client:
+            body = {"url": "https://hooks.example.com/a"}
+            answer = await client.post(ENDPOINTS, json=body, headers={"authorization": bearer})
+            assert (answer.status_code, answer.json()["name"]) == (200, "hooks.example.com")
+
+    run(work)
+
+
 def test_the_sdk_manages_endpoints(world: World) -> None:
     bearer = world.key("a")
 
@@ -49,12 +61,13 @@ def test_the_sdk_manages_endpoints(world: World) -> None:
             assert made.event_types == ["video.failed"]
             assert made.signing_secret.startswith("whsec_")
             assert made.signing_secret_hint == f"whsec_...{made.signing_secret[-4:]}"
-            assert made.helios["warnings"][0]["param"] == "name"
+            assert made.name == "mine"
             found = await webhooks.retrieve(made.id)
-            assert (found.id, found.url) == (made.id, f"{base}/a")
+            assert (found.id, found.url, found.name) == (made.id, f"{base}/a", "mine")
             assert made.signing_secret not in found.model_dump_json()
             changed = await webhooks.update(made.id, url=f"{base}/b", event_types=["video.completed"])
-            assert (changed.url, changed.event_types) == (f"{base}/b", ["video.completed"])
+            assert (changed.url, changed.event_types, changed.name) == (f"{base}/b", ["video.completed"], "mine")
+            assert (await webhooks.update(made.id, name="ours")).name == "ours"
             second = await webhooks.create(url=f"{base}/c", event_types=["video.completed"], name="x")
             assert [one.id async for one in webhooks.list(limit=1)] == [second.id, made.id]
 
@@ -166,6 +179,8 @@ def test_bodies_that_are_refused(world: World) -> None:
         ({**good, "event_types": []}, "invalid_value", "event_types"),
         ({**good, "event_types": ["video.started"]}, "invalid_value", "event_types.0"),
         ({**good, "name": 5}, "invalid_value", "name"),
+        ({**good, "name": ""}, "invalid_value", "name"),
+        ({**good, "name": "n" * 65}, "invalid_value", "name"),
         *(
             ({**good, "url": url}, "invalid_value", "url")
             for url in (

@@ -173,7 +173,6 @@ def test_headers_have_a_limit(server: Server) -> None:
 
 
 @pytest.mark.skipif(not IS_LONG, reason="HELIOS_TEST_LONG=1 waits for half a minute")
-@pytest.mark.xfail(strict=True, reason="uvicorn has no deadline for the head of a request")
 def test_half_open_connections_are_closed(server: Server) -> None:
     """Matrix row 23, slowloris: a request whose head is not there after 30 s will never be."""
     process = Process(pid_of(server))

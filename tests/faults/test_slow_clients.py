@@ -1,8 +1,9 @@
 """Clients that read slowly, not at all, or leave in the middle: what they cost is bounded and soon given back, and the
 others notice nothing.
 
-HELIOS_TEST_SLOW: slow readers, 40; 200 by hand. HELIOS_TEST_DISCONNECTS: 150; 1,000 by hand. HELIOS_TEST_LONG=1 waits
-for the 30 s after which a client that reads nothing is cut, and a lost session ended.
+HELIOS_TEST_SLOW: slow readers, 40; 200 by hand. HELIOS_TEST_ROUNDS: with and without them, 3. HELIOS_TEST_DISCONNECTS:
+150; 1,000 by hand. HELIOS_TEST_LONG=1 waits for the 30 s after which a client that reads nothing is cut, and a lost
+session ended.
 
 A server tells nobody how many tasks it has; they are inferred from its sockets, descriptors and threads, and from the
 requests that its engine runs, each of which a task would hold.
@@ -14,11 +15,12 @@ import json
 import os
 import random
 import socket
+import statistics
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +34,14 @@ pytestmark = pytest.mark.server
 NUM_SLOW = int(os.environ.get("HELIOS_TEST_SLOW", "40"))
 NUM_DISCONNECTS = int(os.environ.get("HELIOS_TEST_DISCONNECTS", "150"))
 IS_LONG = os.environ.get("HELIOS_TEST_LONG") == "1"
-SLOW_S = 6.0
-BYTES_PER_S = 4000
-MAX_BYTES_PER_CLIENT = 1 << 20
-"""A segment of 170 kB as it is sent, once more as base64, and the buffer of its socket."""
-SLACK_BYTES = 48 << 20
+NUM_ROUNDS = int(os.environ.get("HELIOS_TEST_ROUNDS", "3"))
+NUM_TIMED = 100
+BYTES_PER_S = 1000
+MAX_BYTES_PER_CLIENT = 512 << 10
+"""A segment of 170 kB, two pieces of it as base64, and the buffer of its socket."""
+SLACK_BYTES = 32 << 20
+MAX_P99_RATIO = 1.5
+"""Of the others' requests; the aim is 1.1, and the readers of this test share the machine's cores."""
 MAX_POOL_THREADS = 16
 """Pools grow to their size, whatever the number of clients."""
 GENERATE, SESSION = "/v1/videos/generations", "/v1/realtime/video"
@@ -78,69 +83,126 @@ def good(server: Server, seed: int) -> bytes:
     return answer.body
 
 
-def timed(server: Server) -> tuple[list[bytes], float]:
-    """Four videos, one after the other, and the seconds that they took."""
-    started = time.monotonic()
-    return [good(server, seed) for seed in range(4)], time.monotonic() - started
+def steady_sockets(process: Process) -> int:
+    """Sockets that stay: those of the calls before are closed."""
+    time.sleep(1.0)
+    return process.num_sockets
+
+
+def metric(server: Server, *names: str) -> int:
+    """Their sum over all labels."""
+    content = server.call("GET", "/metrics")
+    assert content is not None
+    lines = [line for line in content.decode().splitlines() if line.split("{")[0] in names]
+    assert lines, names
+    return sum(int(float(line.split()[-1])) for line in lines)
 
 
 def num_running(server: Server) -> int:
     """Requests that the engine holds, running or waiting."""
-    content = server.call("GET", "/metrics")
-    assert content is not None
-    names = ("helios:num_requests_running{", "helios:num_requests_waiting{")
-    return sum(int(float(line.split()[-1])) for line in content.decode().splitlines() if line.startswith(names))
+    return metric(server, "helios:num_requests_running", "helios:num_requests_waiting")
 
 
 @dataclass
 class SlowReaders:
-    """Half of them read a stream of MP4, half events; 4 kB a second each."""
+    """Of every ten, five read a stream of MP4, four events, and one has a session; 1 kB a second each."""
 
     clients: list[socket.socket]
     num_bytes: int = 0
+    num_cut: int = 0
 
     def read(self, ended: threading.Event) -> None:
         while not ended.wait(0.5):
             for client in self.clients:
                 with suppress(BlockingIOError):
-                    self.num_bytes += len(client.recv(BYTES_PER_S // 2))
+                    piece = client.recv(BYTES_PER_S // 2)
+                    self.num_bytes += len(piece)
+                    self.num_cut += not piece
 
 
-def test_slow_readers(server: Server, process: Process, large: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Matrix row 15."""
-    paths = [f"/v1/videos/{large}/stream", f"/v1/videos/{large}/events"]
-    for path in paths:
-        assert exchange(server.port, request("GET", path)) is not None
-    timed(server)
-    undisturbed, usual_s = timed(server)
-    before, num_fds, num_threads = process.rss_bytes, process.num_fds, process.num_threads
-    clients = [slow_socket(server.port, request("GET", paths[number % 2])) for number in range(NUM_SLOW)]
-    for client in clients:
-        client.setblocking(False)
-    readers, ended = SlowReaders(clients), threading.Event()
+def slow_client(server: Server, large: str, number: int) -> socket.socket:
+    if number % 10 == 9:
+        start = {"type": "session.start", "protocol": "helios.v1", **LIVE}
+        client = open_websocket(server.port, SESSION, json.dumps(start), receive_bytes=2048)
+    else:
+        view = "stream" if number % 2 == 0 else "events"
+        client = slow_socket(server.port, request("GET", f"/v1/videos/{large}/{view}"))
+    client.setblocking(False)
+    return client
+
+
+@contextmanager
+def slow_readers(server: Server, large: str) -> Iterator[SlowReaders]:
+    readers, ended = SlowReaders([slow_client(server, large, number) for number in range(NUM_SLOW)]), threading.Event()
     reading = threading.Thread(target=readers.read, args=(ended,))
     reading.start()
     try:
-        started = time.monotonic()
-        disturbed, taken_s = timed(server)
-        time.sleep(max(0.0, SLOW_S - (time.monotonic() - started)))
-        grown = process.rss_bytes - before
-        assert process.num_fds >= num_fds + NUM_SLOW - 2, "they were cut"
+        yield readers
     finally:
         ended.set()
         reading.join()
-        for client in clients:
+        for client in readers.clients:
             client.close()
-    settled_s = settles(lambda: process.num_fds, num_fds, 5.0)
+        for job in listed(server):  # sessions, which would wait for their clients
+            server.call("POST", f"/v1/videos/{job}/cancel")
+
+
+def listed(server: Server) -> list[str]:
+    """The jobs that have not ended."""
+    jobs = server.get("/v1/videos?limit=100")["data"]
+    assert isinstance(jobs, list)
+    return [str(job["id"]) for job in jobs if job["status"] in ("queued", "in_progress")]
+
+
+def num_steps_in(server: Server, seconds: float) -> int:
+    """Steps that the server makes meanwhile."""
+    before = metric(server, "helios:denoise_step_seconds_count")
+    time.sleep(seconds)
+    return metric(server, "helios:denoise_step_seconds_count") - before
+
+
+def p99_s(server: Server, path: str) -> float:
+    """Of another client's requests, one after the other."""
+    taken = []
+    for _ in range(NUM_TIMED):
+        started = time.perf_counter()
+        assert server.call("GET", path) is not None
+        taken.append(time.perf_counter() - started)
+    return statistics.quantiles(taken, n=100)[98]
+
+
+def test_slow_readers(server: Server, process: Process, large: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Matrix row 15. Rounds with and without the slow clients take turns, as the machine's own pace drifts."""
+    path = f"/v1/videos/{large}"
+    for view in ("stream", "events"):
+        assert exchange(server.port, request("GET", f"{path}/{view}")) is not None
+    undisturbed = [good(server, seed) for seed in range(4)]
+    with slow_readers(server, large):
+        p99_s(server, path)
+    steady_sockets(process)
+    before, num_fds, num_threads = process.rss_bytes, process.num_fds, process.num_threads
+    alone, beside, grown, settled_s = [], [], [], []
+    for round_ in range(NUM_ROUNDS):
+        alone.append(p99_s(server, path))
+        with slow_readers(server, large) as readers:
+            time.sleep(1.0)  # buffers are full
+            assert settles(lambda: num_steps_in(server, 0.5), 0, 60.0) is not None  # sessions are as far as they may be
+            beside.append(p99_s(server, path))
+            if round_ == 0:
+                assert [good(server, seed) for seed in range(4)] == undisturbed
+            grown.append(process.rss_bytes - before)
+            assert (readers.num_cut, process.num_fds >= num_fds + NUM_SLOW) == (0, True), "they were cut"
+        assert readers.num_bytes > 0
+        settled_s.append(settles(lambda: process.num_fds, num_fds, 5.0))
+    ratio = statistics.median(beside) / statistics.median(alone)
     with capsys.disabled():
-        times = f"others {usual_s:.2f} -> {taken_s:.2f} s, descriptors back after {settled_s} s"
-        print(f"\n  {NUM_SLOW} readers, {readers.num_bytes} bytes: RSS {grown / 2**20:+.1f} MiB, {times}", end=" ")
-    assert readers.num_bytes > 0
-    assert disturbed == undisturbed
-    assert taken_s <= 2 * usual_s + 1.0  # the readers share the machine's cores
-    assert grown <= NUM_SLOW * MAX_BYTES_PER_CLIENT + SLACK_BYTES
-    assert settled_s is not None
+        p99 = f"p99 {1e3 * statistics.median(alone):.1f} -> {1e3 * statistics.median(beside):.1f} ms ({ratio:.2f})"
+        print(f"\n  {NUM_SLOW} readers: RSS {max(grown) / 2**20:+.1f} MiB, others' {p99}, settled {settled_s}", end=" ")
+    assert max(grown) <= NUM_SLOW * MAX_BYTES_PER_CLIENT + SLACK_BYTES
+    assert None not in settled_s, "descriptors are left"
+    assert settles(lambda: num_running(server), 0, 5.0) is not None, "requests are left"
     assert process.num_threads <= num_threads + MAX_POOL_THREADS
+    assert ratio <= MAX_P99_RATIO
 
 
 def leaves(server: Server, large: str, number: int) -> bool:
@@ -200,11 +262,10 @@ def test_disconnects(server: Server, process: Process, large: str, capsys: pytes
 
 
 @pytest.mark.skipif(not IS_LONG, reason="HELIOS_TEST_LONG=1 waits for half a minute")
-@pytest.mark.xfail(strict=True, reason="the sending of an HTTP answer has no deadline")
 @pytest.mark.parametrize("view", ["stream", "events"])
 def test_who_reads_nothing_is_cut(server: Server, process: Process, large: str, view: str) -> None:
     """API.md 4.3: a buffer that is not drained for 30 s closes the connection."""
-    num_sockets = process.num_sockets
+    num_sockets = steady_sockets(process)
     with closing(slow_socket(server.port, request("GET", f"/v1/videos/{large}/{view}"))):
         time.sleep(1.0)
         assert process.num_sockets == num_sockets + 1
@@ -212,9 +273,8 @@ def test_who_reads_nothing_is_cut(server: Server, process: Process, large: str, 
 
 
 @pytest.mark.skipif(not IS_LONG, reason="HELIOS_TEST_LONG=1 waits for half a minute")
-@pytest.mark.xfail(strict=True, reason="its connection is there 60 s later, though sending has a deadline of 30 s")
 def test_a_session_that_reads_nothing_is_cut(server: Server, process: Process) -> None:
-    num_sockets = process.num_sockets
+    num_sockets = steady_sockets(process)
     start = {"type": "session.start", **LIVE, "num_frames": 7260}
     with closing(open_websocket(server.port, SESSION, json.dumps(start), receive_bytes=2048)):
         time.sleep(1.0)
