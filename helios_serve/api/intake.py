@@ -182,7 +182,7 @@ class Intake:
                 raise draining()
             request, new, ask = self._admitted(caller, parsed, request, new, ask)
             self._check_queue(parsed, request)
-            self._limiter.admit_job(caller, ask, await self._usage(caller))
+            budget = self._limiter.admit_job(caller, ask, await self._usage(caller))
             try:
                 created = await store.create(new, idempotency_key=key, is_retry=is_retry)
             except BaseException:
@@ -190,10 +190,11 @@ class Intake:
                 raise
         if created.is_replayed:
             self._limiter.give_back(caller, ask.num_frames)
+            budget = self._limiter.budget(caller)
         else:
             await self._runner.run(new.id)
         job = await self._views.get(caller.tenant, created.job.id)
-        return Created(job=job, is_replayed=created.is_replayed, budget=self._limiter.budget(caller))
+        return Created(job=job, is_replayed=created.is_replayed, budget=budget)
 
     def _admitted(
         self, caller: Caller, parsed: ParsedRequest, request: VideoRequest, new: records.NewJob, ask: JobAsk

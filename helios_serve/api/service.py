@@ -322,7 +322,8 @@ class VideoService:
     async def resume_session(self, caller: Caller, video_id: str, after_segment: int) -> Session:
         """Goes on with a session whose connection was lost, behind segment `after_segment` (-1 for none).
 
-        Raises: NotFoundError; ConflictError when the job is no session; InvalidRequestError; TooManySessionsError.
+        Raises: NotFoundError; ConflictError when the job is no session; InvalidRequestError; TooManySessionsError;
+        CapacityError when others have been given its place.
         """
         row = await self._stores.jobs.get(caller.tenant, video_id)
         if not row.is_interactive:
@@ -338,6 +339,7 @@ class VideoService:
             if row.state not in _ENDED_STATES and self._runner.live(video_id) is None:
                 await self._take_over(caller.tenant, video_id)
             job = await self.get(caller, video_id)
+            self._engine.reserve(video_id)
             return self._session(caller, job, after_segment + 1, read_spec(row).max_ahead, hold)
         except BaseException:
             hold.__exit__(None, None, None)

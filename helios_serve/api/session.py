@@ -34,9 +34,11 @@ CHECK_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionConfig:
-    """resume_s: how long a session without a connection can be gone on with. idle_s: how long one may stand still."""
+    """resume_s: how long a session without a connection can be gone on with. reserved_s: for how much of that time its
+    capacity is kept. idle_s: how long a session may stand still."""
 
     resume_s: float = 30.0
+    reserved_s: float = 10.0
     idle_s: float = 60.0
 
 
@@ -123,7 +125,11 @@ class SessionDesk:
             task.cancel()
 
     async def _end_later(self, tenant: str, job_id: str) -> None:
-        await asyncio.sleep(self.config.resume_s)
+        reserved_s = min(self.config.reserved_s, self.config.resume_s)
+        await asyncio.sleep(reserved_s)
+        if job_id not in self.num_connections:
+            self.engine.release(job_id)
+        await asyncio.sleep(self.config.resume_s - reserved_s)
         if job_id not in self.num_connections:
             await self.stop(tenant, job_id)
 

@@ -80,7 +80,8 @@ class Site:
         return sum(group.is_healthy for group in self.groups)
 
     def live_jobs(self) -> list[RequestState]:
-        return [job for job in self.jobs if job.live and not job.is_cancelled]
+        """Those for which capacity is reserved."""
+        return [job for job in self.jobs if job.live and not (job.is_cancelled or job.has_released)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

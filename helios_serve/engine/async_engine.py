@@ -223,6 +223,17 @@ class AsyncEngine:
         self._engine.pause(request_id, is_paused, time.monotonic())
         self._plan_wake()
 
+    def release(self, request_id: str) -> None:
+        """Gives away what was reserved for a realtime request that stands still."""
+        self._engine.release(request_id)
+
+    def reserve(self, request_id: str) -> None:
+        """Takes back what `release` gave away.
+
+        Raises: as `check` does, when others have it.
+        """
+        self._engine.reserve(request_id, time.monotonic())
+
     def stop(self, request_id: str) -> int:
         """Ends a request after the chunk in flight; returns the number of chunks that it will have."""
         result = self._engine.stop(request_id, time.monotonic())

@@ -254,6 +254,23 @@ class Engine:
             self._play(run, now)
             self.turn(now)
 
+    def release(self, request_id: str) -> None:
+        """Gives away what was reserved for a realtime request that stands still."""
+        run = self._runs.get(request_id)
+        if run is not None:
+            run.state.has_released = True
+
+    def reserve(self, request_id: str, now: float) -> None:
+        """Takes back what `release` gave away.
+
+        Raises: as `check` does, when others have it.
+        """
+        run = self._runs.get(request_id)
+        if run is not None and run.state.has_released:
+            if run.state.live:
+                self._admit(run.request, now)
+            run.state.has_released = False
+
     def stop(self, request_id: str, now: float) -> int:
         """Ends a request after the chunk in flight; returns the number of chunks that it will have."""
         run = self._runs.get(request_id)

@@ -63,6 +63,8 @@ class RequestState:
     """The conditioning is there."""
     is_held: bool = False
     """Back-pressure, a disconnected client or an operator keep the request from starting chunks."""
+    has_released: bool = False
+    """Its viewer is gone: others may be given the capacity that was admitted for it."""
     is_cancelled: bool = False
     is_suspect: bool = False
     avoided_group: str | None = None

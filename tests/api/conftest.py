@@ -121,6 +121,12 @@ class FakeEngine:
     def pause(self, request_id: str, is_paused: bool) -> None:
         pass
 
+    def release(self, request_id: str) -> None:
+        pass
+
+    def reserve(self, request_id: str) -> None:
+        pass
+
     def stop(self, request_id: str) -> int:
         return 1
 

@@ -19,6 +19,7 @@ from starlette.websockets import WebSocket
 from helios_serve.api.auth import ANONYMOUS, Caller
 from helios_serve.api.convert import Limits, ParsedRequest, parse_generation
 from helios_serve.api.hls import hls_index, hls_init, hls_segment
+from helios_serve.api.jobs import Origin
 from helios_serve.api.keys import KeyLimits
 from helios_serve.api.limits import Limiter
 from helios_serve.api.media_input import DataUriSource, Media
@@ -27,6 +28,7 @@ from helios_serve.api.service import ServiceConfig, VideoService
 from helios_serve.api.session import SessionConfig
 from helios_serve.config import EngineConfig, ModelConfig
 from helios_serve.engine.async_engine import AsyncEngine
+from helios_serve.errors import CapacityError
 from helios_serve.model_executor.model import load_model
 from helios_serve.server import cost_model, local_executor
 from helios_serve.store.connect import StoreConfig, open_stores
@@ -45,19 +47,19 @@ Run = Callable[..., None]
 
 @pytest.fixture
 def run(tiny_distilled: Path, tmp_path: Path) -> Run:
-    """Runs a scenario; `caller` is who calls, `idle_s` how long a session may stand still."""
+    """Runs a scenario; `caller` is who calls, the other options are those of SessionConfig."""
 
-    def run_scenario(scenario: Scenario, *, caller: Caller = ANONYMOUS, idle_s: float = 60.0) -> None:
+    def run_scenario(scenario: Scenario, *, caller: Caller = ANONYMOUS, **options: float) -> None:
         async def main() -> None:
             async with asyncio.timeout(120):
-                await _serve(scenario, tiny_distilled, tmp_path, caller, idle_s)
+                await _serve(scenario, tiny_distilled, tmp_path, caller, SessionConfig(**options))
 
         asyncio.run(main())
 
     return run_scenario
 
 
-async def _serve(scenario: Scenario, checkpoint: Path, data_dir: Path, caller: Caller, idle_s: float) -> None:
+async def _serve(scenario: Scenario, checkpoint: Path, data_dir: Path, caller: Caller, config: SessionConfig) -> None:
     model = load_model(ModelConfig(model=str(checkpoint)))
     info, decoder = model.config.info("helios-tiny"), Decoder()
     costs = cost_model(model.config, "cpu", is_shared=True)
@@ -72,7 +74,7 @@ async def _serve(scenario: Scenario, checkpoint: Path, data_dir: Path, caller: C
         model=info,
         limiter=Limiter(),
         metrics=metrics,
-        config=ServiceConfig(session=SessionConfig(idle_s=idle_s)),
+        config=ServiceConfig(session=config),
     )
 
     async def parse(body: Mapping[str, object], _: Caller) -> ParsedRequest:
@@ -278,3 +280,63 @@ def test_a_reset_that_was_confirmed_survives_the_server(run: Run) -> None:
 
     run(first)
     run(second)
+
+
+def test_a_session_plays_what_the_schedule_of_its_prompts_gives(run: Run) -> None:
+    asked: list[Any] = []
+
+    async def storm(client: Client) -> None:
+        for prompt, count in (("a storm", 3), ("a calm", 0)):
+            event = {"event": {"prompt": prompt}, "transition_chunks": count}
+            await client.send("session.interaction", interaction=event)
+            chunk = (await client.message("session.interaction.queued"))["earliest_chunk"]
+            asked.append({"chunk": chunk, "prompt": prompt, "transition_chunks": count})
+            while len(client.segments) <= chunk:
+                await client.send("session.ack", segment=len(client.segments) - 1)
+                await client.segment()
+
+    async def scenario(server: Server, service: VideoService) -> None:
+        live = pixels((await played(server, 5, 6, storm)).video)
+        prompts = [{"chunk": 0, "prompt": "a lake"}, *asked]
+        body = {"prompts": prompts, "size": "64x64", "seed": 5, "num_frames": len(live), "profile": "realtime"}
+        parsed = parse_generation(body, service.model, Media(source=DataUriSource(), decoder=Decoder()), Limits())
+        job = (await service.create(ANONYMOUS, parsed, Origin(route="create"))).job
+        assert (await service.wait(ANONYMOUS, job.id)).state == "completed"
+        video = await service.video(ANONYMOUS, job.id)
+        offline = pixels(b"".join([piece async for piece in service.read(video)]))
+        assert live == offline
+        assert len({*live[::33]}) == len(live) // 33
+
+    run(scenario)
+
+
+def test_the_place_of_a_session_whose_client_is_gone_is_given_away(run: Run) -> None:
+    async def scenario(server: Server, service: VideoService) -> None:
+        engine = cast(Any, service)._engine._engine
+        async with server.session(**OURS) as client:
+            await client.segment()
+            state = engine._runs[client.start["request_id"]].state
+            cast(Any, client.socket).transport.abort()
+        while not state.is_held:
+            await asyncio.sleep(0.01)
+        assert not state.has_released
+        await asyncio.sleep(0.6)
+        assert state.has_released
+        second = await resumed(server, client)
+        await second.segment()
+        assert not state.has_released
+        await second.socket.close()
+        await asyncio.sleep(0.6)
+        admit, engine._admit = engine._admit, _full
+        async with server.client() as third:
+            resume = {"id": client.start["request_id"], "after_segment": -1}
+            await third.send("session.start", protocol="helios.v1", resume=resume)
+            assert (await third.closed())[0] == 1013
+        engine._admit = admit
+        assert third.messages[-1]["code"] == "capacity_exceeded"
+
+    run(scenario, reserved_s=0.3)
+
+
+def _full(*_: object) -> None:
+    raise CapacityError("full", code="capacity_exceeded", retry_after_s=1.0)
