@@ -39,8 +39,11 @@ from helios_serve.telemetry import Metrics
 from helios_serve.tracing import Tracing
 from helios_serve.types import ModelInfo
 from helios_serve.workers import stills
-from helios_serve.workers.media_sandbox import SandboxDecoder
+from helios_serve.workers.media_sandbox import SandboxDecoder, SandboxLimits
 from helios_serve.workers.segment import progressive_mp4
+
+MEDIA_LIMITS = SandboxLimits(cpu_s=60, wall_s=90.0)
+"""Of one decoding: the longest video that may be sent, 1,452 frames, takes up to 45 s of CPU at 1080p."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +120,7 @@ def _service(parts: Parts, limiter: Limiter) -> VideoService:
 
 
 async def _caller_media(server: ServerConfig, service: VideoService, files: FileService) -> CallerMedia:
-    decoder, loop = SandboxDecoder(), asyncio.get_running_loop()
+    decoder, loop = SandboxDecoder(limits=MEDIA_LIMITS), asyncio.get_running_loop()
     await asyncio.to_thread(decoder.check)
     urls = url_reader(frozenset(server.media_url_hosts), loop)
     return CallerMedia(service, files, decoder.for_tenant, urls, loop)

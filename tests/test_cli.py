@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -20,8 +21,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from helios_serve import __version__, cli
+from helios_serve import __version__, cli, serve_flags
+from helios_serve.settings import Settings, setting_types
 
 SMALL = ("--size", "64x64", "--steps", "1,1,1", "--seed", "3")
 
@@ -185,6 +188,9 @@ def test_errors_are_one_line_and_status_two(
         ("serve", "--host", "0.0.0.0", "--port", "0"),
         ("serve", "--port", "70000"),
         ("serve", "--max-pack", "0"),
+        ("serve", "--admin-bind", "9090"),
+        ("serve", "--grpc-reflection"),
+        ("serve", "--tls-client-ca", "ca.pem"),
         ("generate", "--model", "m"),
         ("generate", "--model", "m", "-o", "o.mp4", "--num-frames", "x"),
         ("generate", "--model", "m", "-o", "o.mp4", "--device", "tpu"),
@@ -243,3 +249,44 @@ def test_ctrl_c_ends_without_a_traceback_or_half_a_file(tiny_distilled: Path, tm
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flag_of_serve_sets_a_setting_of_its_type() -> None:
+    parameters = inspect.signature(cli.serve).parameters
+    assert {*serve_flags.KEYS} == {*parameters} - {"context", "config", "settings"}
+    assert {*serve_flags.KEYS.values()} <= {*setting_types()}
+    assert {*serve_flags.derived()} <= {*setting_types()}
+
+
+def test_what_is_typed_reaches_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Settings] = []
+    monkeypatch.setattr("helios_serve.server.run_server", loaded.append)
+    monkeypatch.setattr("helios_serve.cli.configure_logging", lambda log_format: None)
+    monkeypatch.setattr("os.environ", {})
+    command = (
+        *(
+            "serve",
+            "some/model",
+            "--data-dir",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--max-pack",
+            "3",
+            "--executor",
+            "ray",
+        ),
+        *("--cors-origin", "https://a.example", "--cors-origin", "https://b.example", "--grpc-port", "9"),
+        *("--no-grpc-reflection", "--admin-bind", "[::1]:9090", "--webhook-private", "--set", "ray.beat_s=0.25"),
+    )
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    (settings,) = loaded
+    assert (settings.model.model, settings.model.dtype, settings.engine.max_pack) == ("some/model", "float32", 3)
+    assert settings.server.cors_origins == ("https://a.example", "https://b.example")
+    assert (settings.server.grpc_reflection, settings.server.webhook_private) == (False, True)
+    assert settings.server.admin_address == ("::1", 9090)
+    assert settings.ray is not None
+    assert (settings.ray.beat_s, settings.ray.gpus_per_rank) == (0.25, 0.0)
+    assert settings.sources["model.model"] == "MODEL"
+    assert settings.sources["server.admin_bind"] == "--admin-bind"

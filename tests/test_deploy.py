@@ -21,8 +21,9 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from helios_serve import telemetry
+from helios_serve.api.probes import Probes
 from helios_serve.api.routes import Desk
-from helios_serve.api.system_routes import add_system_routes
+from helios_serve.api.system_routes import add_open_routes
 from helios_serve.config import EngineConfig, ServerConfig
 from helios_serve.settings import SHORT_ENV, load_settings, setting_types
 from helios_serve.settings_sources import env_name
@@ -91,7 +92,7 @@ def compose() -> Any:
 def helios_routes() -> set[str]:
     app = FastAPI()
     desk = SimpleNamespace(service=None, settings=None)
-    add_system_routes(app, cast(Desk, desk), Metrics("any"))
+    add_open_routes(app, cast(Desk, desk), Metrics("any"), Probes())
     return {str(route.path) for route in app.routes}  # type: ignore[attr-defined]
 
 
@@ -167,8 +168,10 @@ def test_alerts_and_the_dashboard_group_and_select_by_labels_that_exist() -> Non
 
 def test_probes_and_scrapes_ask_for_paths_that_exist() -> None:
     deployment = (CHART / "templates" / "deployment.yaml").read_text()
-    probes = re.findall(r"httpGet: \{path: (\S+), port: (\w+),", deployment)
-    assert probes == [("/live", "http"), ("/live", "http"), ("/ready", "http")]
+    probes = re.findall(r"httpGet: \{path: (\S+), port: (\w+)\}", deployment)
+    assert probes == [("/live", "admin"), ("/live", "admin"), ("/ready", "admin")]
+    assert "targetPort: admin\n" in (CHART / "templates" / "monitoring.yaml").read_text()
+    assert re.search(r"- name: admin\n +containerPort: \{\{ \.Values\.admin\.port \}\}", deployment)
     (healthcheck,) = [" ".join(each) for each in dockerfile() if each[0] == "HEALTHCHECK"]
     check = re.search(r"\}(/\w+)\\", healthcheck)
     assert check is not None
@@ -341,8 +344,10 @@ def test_one_pod_with_its_volume() -> None:
     assert found["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
     pod = found["Deployment"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["ports"] == [{"name": "http", "containerPort": 8000}]
-    assert container["readinessProbe"]["httpGet"] == {"path": "/ready", "port": "http", "scheme": "HTTP"}
+    assert container["ports"] == [{"name": "http", "containerPort": 8000}, {"name": "admin", "containerPort": 8001}]
+    assert {"name": "HELIOS_SERVER_ADMIN_BIND", "value": "0.0.0.0:8001"} in container["env"]
+    assert container["readinessProbe"]["httpGet"] == {"path": "/ready", "port": "admin"}
+    assert not [each for each in container["env"] if each["name"] == "HELIOS_SIGNING_KEYS_FILE"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert found["Deployment"]["spec"]["selector"]["matchLabels"] == found["Service"]["spec"]["selector"]
     assert found["Service"]["spec"]["selector"].items() <= (
@@ -351,11 +356,13 @@ def test_one_pod_with_its_volume() -> None:
 
 
 @needs_helm
-def test_probes_speak_tls_where_the_server_does() -> None:
-    options = ("--set", "config.server.tls_cert=/tls/tls.crt", "--set", "config.server.tls_key=/tls/tls.key")
-    (container,) = rendered(*KEYS, *options)["Deployment"]["spec"]["template"]["spec"]["containers"]
-    probes = [container[name]["httpGet"]["scheme"] for name in ("startupProbe", "livenessProbe", "readinessProbe")]
-    assert probes == ["HTTPS"] * 3
+def test_pods_share_what_signs_addresses() -> None:
+    pod = rendered(*KEYS, "--set", "signingKeys.existingSecret=s")["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    path = "/run/secrets/helios-signing"
+    assert {"name": "HELIOS_SIGNING_KEYS_FILE", "value": f"{path}/signing"} in container["env"]
+    assert {"name": "signing", "mountPath": path, "readOnly": True} in container["volumeMounts"]
+    assert {"name": "signing", "secret": {"secretName": "s", "defaultMode": 0o440}} in pod["volumes"]
 
 
 @needs_helm

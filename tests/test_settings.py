@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios_serve import settings as module
-from helios_serve.config import EngineConfig, ExecutorConfig, ServerConfig
+from helios_serve.config import EngineConfig, ExecutorConfig, ModelConfig, ServerConfig
 from helios_serve.settings import (
     SHORT_ENV,
     Flag,
@@ -225,11 +225,13 @@ def test_what_has_no_default_must_be_set() -> None:
 def test_secrets_are_in_no_message_and_no_description(tmp_path: Path) -> None:
     environ = MODEL | {
         "HELIOS_API_KEYS": "hs_one_verysecretkeytext",
+        "HELIOS_SIGNING_KEYS": "forgeforgeforge",
         "HELIOS_STORE_DATABASE_URL": "postgresql://helios:s3cr3t@db/helios?sslpassword=t0psecret",
     }
     text = describe(load_settings(None, environ))
     assert "verysecretkeytext" not in text
     assert "s3cr3t" not in text
+    assert "forge" not in text
     assert "t0psecret" not in text
     assert "keys: [hidden]" in text.replace("'", "")
     assert "postgresql://helios:[removed]@db/helios" in text
@@ -352,6 +354,37 @@ def test_the_example_on_the_page_can_be_loaded(tmp_path: Path) -> None:
 
 def test_what_docstrings_say_of_fields() -> None:
     notes = field_notes(EngineConfig)
-    assert notes["max_pack"] == "requests in one forward."
-    assert notes["decode_timeout_s"] == notes["stuck_floor_s"] == "patience with a group before it is condemned."
+    assert notes["max_pack"] == "requests in one forward, at most."
+    assert notes["decode_timeout_s"] == "patience with a VAE worker; 60 on CPU."
     assert field_notes(ExecutorConfig)["gpus_per_vae"] == "a share of one GPU; 0 on CPU."
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, EngineConfig, ServerConfig, ExecutorConfig])
+def test_every_field_has_a_meaning(kind: type[Any]) -> None:
+    notes = field_notes(kind)
+    assert [each.name for each in fields(kind) if not notes.get(each.name)] == []
+
+
+@pytest.mark.parametrize(
+    ("given_fields", "said"),
+    [
+        ({"admin_bind": "9090"}, "admin_bind 9090: must read host:port"),
+        ({"admin_bind": ":9090"}, "must read host:port"),
+        ({"admin_bind": "::1:9090"}, "must read host:port"),
+        ({"admin_bind": "127.0.0.1:70000"}, "must read host:port"),
+        ({"admin_bind": "127.0.0.1:8000"}, "is the port of HTTP or gRPC too"),
+        ({"admin_bind": "127.0.0.1:9", "grpc_port": 9}, "is the port of HTTP or gRPC too"),
+        ({"grpc_port": 8000}, "is that of HTTP too"),
+        ({"grpc_reflection": True}, "only together with grpc_port"),
+        ({"signing_keys": "a", "signing_keys_file": Path("f")}, "give one of them"),
+    ],
+)
+def test_servers_that_cannot_be(tmp_path: Path, given_fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ServerConfig(data_dir=tmp_path, **given_fields)
+
+
+def test_admin_addresses(tmp_path: Path) -> None:
+    for text, address in (("127.0.0.1:0", ("127.0.0.1", 0)), ("[::]:9090", ("::", 9090)), ("admin:1", ("admin", 1))):
+        assert ServerConfig(data_dir=tmp_path, admin_bind=text).admin_address == address
+    assert ServerConfig(data_dir=tmp_path, port=0, grpc_port=0, admin_bind="127.0.0.1:0").grpc_port == 0

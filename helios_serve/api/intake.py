@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from helios_serve.api.auth import Caller
 from helios_serve.api.convert import ParsedRequest, new_video_id
-from helios_serve.api.job_runner import Engine, JobRunner
+from helios_serve.api.engine_protocol import Engine
+from helios_serve.api.job_runner import JobRunner
 from helios_serve.api.job_spec import JobSpec, pictures_record, read_spec, spec_from, spec_hash, with_controls
 from helios_serve.api.job_view import JobViews
 from helios_serve.api.jobs import Created, Job, Origin

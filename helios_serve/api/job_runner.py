@@ -8,22 +8,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
-from helios_serve.api.job_spec import change_of, read_spec, with_controls, with_pictures, with_start
-from helios_serve.api.live_job import AppliedControl, LiveJob, stats_of
+from helios_serve.api.engine_protocol import Engine
+from helios_serve.api.job_keeping import FencedError, JobKeeper, patiently
+from helios_serve.api.job_restoring import JobRestorer
+from helios_serve.api.job_spec import read_spec
+from helios_serve.api.live_job import LiveJob
 from helios_serve.errors import CapacityError, GenerationError, HeliosError
 from helios_serve.store.connect import Stores
 from helios_serve.store.ending import JobError
-from helios_serve.store.errors import BlobMissingError, DataLossError
-from helios_serve.store.records import Chunk, Job, LatentsCommit, Lease, ResumePoint, SegmentCommit, State
+from helios_serve.store.records import Job, Lease, State
 from helios_serve.telemetry import JobState, Metrics
 from helios_serve.types import (
     ChunkReady,
-    ChunkRecord,
     ChunkStarted,
     Completed,
     Event,
@@ -31,16 +31,10 @@ from helios_serve.types import (
     PlayChanged,
     Prepared,
     Progress,
-    Resume,
-    SamplingParams,
     SegmentReady,
-    TensorRef,
-    VideoRequest,
 )
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 CLAIM_LIMIT = 64
 POLL_S = 0.25
@@ -60,53 +54,6 @@ _COUNTED: dict[JobState, tuple[State, ...]] = {
 MAX_SOLO_CRASHES = 2
 MAX_DISPATCHES = 10
 """Of one chunk without a commit, each of which ended with this process."""
-STORE_RETRY_S = (0.1, 0.3, 1.0, 3.0, 5.0, 5.0, 5.0, 5.0, 5.0)
-"""Waits while the store does not answer; then the job is left to whoever claims it next."""
-
-
-class Engine(Protocol):
-    """What makes videos."""
-
-    def check(self, request: VideoRequest) -> None: ...
-
-    def run(
-        self,
-        request: VideoRequest,
-        *,
-        resume: Resume | None = None,
-        has_keeper: bool = False,
-        allowed: int | None = None,
-    ) -> AsyncGenerator[Event, None]: ...
-
-    async def read(self, ref: TensorRef) -> bytes: ...
-
-    async def put(self, name: str, record: bytes) -> TensorRef: ...
-
-    def committed(self, request_id: str, chunk: int) -> None: ...
-
-    def change_prompt(self, request_id: str, prompt: str, transition_chunks: int) -> int: ...
-
-    def restart(self, request_id: str, seed: int) -> int: ...
-
-    def allow(self, request_id: str, num_chunks: int) -> None: ...
-
-    def pause(self, request_id: str, is_paused: bool) -> None: ...
-
-    def release(self, request_id: str) -> None: ...
-
-    def reserve(self, request_id: str) -> None: ...
-
-    def stop(self, request_id: str) -> int: ...
-
-    def is_ready(self) -> bool: ...
-
-    def missing(self) -> list[str]: ...
-
-    def generated_fps(self, params: SamplingParams) -> float: ...
-
-
-class FencedError(Exception):
-    """The job is no longer this process's to run: cancelled, deleted, paused or taken over."""
 
 
 class QueueTimeoutError(HeliosError):
@@ -143,6 +90,8 @@ class JobRunner:
     ) -> None:
         self._stores = stores
         self._engine = engine
+        self._keeper = JobKeeper(stores, engine, metrics)
+        self._restorer = JobRestorer(stores, engine)
         self._finish = finish
         self._config = config
         self._metrics = metrics
@@ -332,7 +281,7 @@ class JobRunner:
                 await self._wait_turn(live)
         except TimeoutError:
             raise _waited(live) from None
-        request, resume = await self._restored(job, live)
+        request, resume = await self._restorer.restored(job, live)
         live.request, live.is_waiting, live.phase = request, False, "text_encode"
         live.changed()
         if resume.undecoded:  # segments come before any chunk starts
@@ -380,11 +329,11 @@ class JobRunner:
             case Prepared():
                 live.stats.encode_ms += 1000 * event.seconds
                 if live.request.task != "t2v" and live.request.start is None:
-                    await self._keep_start(event, live)
+                    await self._keeper.keep_start(event, live)
             case ChunkReady():
-                await self._keep_latents(event, live)
+                await self._keeper.keep_latents(event, live)
             case SegmentReady():
-                await self._keep_segment(event, live)
+                await self._keeper.keep_segment(event, live)
             case PlayChanged():
                 live.play_state = event.state
                 live.changed()
@@ -398,7 +347,7 @@ class JobRunner:
         leases = self._stores.leases
         if live.started_mono_s is None:
             await self._start(live)
-        if self._config.notes_dispatch and not await _patiently(
+        if self._config.notes_dispatch and not await patiently(
             lambda: leases.dispatched([live.lease], event.num_sharing)
         ):
             raise FencedError
@@ -406,123 +355,10 @@ class JobRunner:
     async def _start(self, live: LiveJob) -> None:
         """The job runs now: it is in progress for everybody, and takes commits."""
         live.started_mono_s = time.monotonic()
-        if not await _patiently(lambda: self._stores.leases.start(live.lease)):
+        if not await patiently(lambda: self._stores.leases.start(live.lease)):
             raise FencedError
         live.has_started = True
         live.changed()
-
-    async def _keep_start(self, event: Prepared, live: LiveJob) -> None:
-        record = await self._read(event.conditioning)
-        blob = await _patiently(lambda: self._stores.blobs.put(record))
-        state = event.generator_state
-        if not await _patiently(lambda: self._stores.leases.attach(live.lease, "seed", blob, rng=state)):
-            raise FencedError
-
-    async def _keep_latents(self, event: ChunkReady, live: LiveJob) -> None:
-        chunk = event.record.chunk
-        live.stats.denoise_ms += 1000 * event.seconds
-        started_s = time.monotonic()
-        record = await self._read(event.record.latents)
-        blob = await _patiently(lambda: self._stores.blobs.put(record))
-        commit = LatentsCommit(
-            chunk=chunk,
-            latents=blob,
-            rng=event.record.generator_state,
-            attempt=event.attempt,
-            ctl_seq=live.control_at(chunk),
-            pinned_chunk=live.request.pinned_chunk(chunk + 1) if live.request.params.restarts else None,
-            stats=live.stats.to_json(),
-        )
-        if not await _patiently(lambda: self._stores.chunks.commit_latents(live.lease, commit)):
-            raise FencedError
-        self._engine.committed(live.id, chunk)
-        self._metrics.phase("store", time.monotonic() - started_s)
-
-    async def _read(self, ref: TensorRef) -> bytes:
-        try:
-            return await self._engine.read(ref)
-        except KeyError:  # the engine has let go of the request, which its next event says
-            raise CapacityError("the engine ended before a chunk was kept", code="draining") from None
-
-    async def _keep_segment(self, event: SegmentReady, live: LiveJob) -> None:
-        segment, stats, started_s = event.segment, live.stats, time.monotonic()
-        stats.decode_ms += 1000 * event.seconds[0]
-        stats.mux_ms += 1000 * event.seconds[1]
-        blob = await _patiently(lambda: self._stores.blobs.put(segment.media))
-        init = await _patiently(lambda: self._stores.blobs.put(segment.init))
-        stats.generated_ms = 1000 * max(0.0, time.time() - live.created_at)
-        if stats.first_segment_ms is None:
-            stats.first_segment_ms = stats.generated_ms
-        commit = SegmentCommit(
-            chunk=segment.chunk, segment=blob, init=init, num_frames=segment.num_frames, stats=stats.to_json()
-        )
-        committed = await _patiently(lambda: self._stores.chunks.commit_segment(live.lease, commit))
-        if committed is None or not self._stores.leases.may_publish(live.lease, chunk=segment.chunk):
-            raise FencedError
-        self._metrics.phase("store", time.monotonic() - started_s)
-        live.num_published = committed.num_published
-        live.changed()
-
-    # Resuming.
-
-    async def _restored(self, job: Job, live: LiveJob) -> tuple[VideoRequest, Resume]:
-        """The request as it has to go on, from what is durable of it."""
-        while True:
-            point = await self._stores.chunks.resume_point(live.lease)
-            if point is None:
-                raise FencedError
-            try:
-                return await self._restored_at(job, live, point)
-            except BlobMissingError as error:
-                await self._step_back(live, point, error)
-
-    async def _restored_at(self, job: Job, live: LiveJob, point: ResumePoint) -> tuple[VideoRequest, Resume]:
-        blobs = self._stores.blobs
-        request = live.request
-        live.first_chunk, live.num_published = point.next_chunk, point.num_published
-        request = with_controls(request, point.controls, point.next_chunk)
-        live.applied = [
-            AppliedControl(seq=control.seq, event_id=control.event_id or f"event_{control.seq}", change=change)
-            for control in point.controls
-            if (change := change_of(control, point.next_chunk)) is not None
-        ]
-        if live.spec.task != "t2v":
-            if job.seed_blob is not None and job.seed_rng is not None:
-                request = with_start(request, live.spec.task, await blobs.get(job.seed_blob), job.seed_rng)
-            elif job.input_blob is not None:
-                record = await blobs.get(job.input_blob)
-                request = await asyncio.to_thread(with_pictures, request, record)
-            else:
-                raise DataLossError(f"video {job.id}: its input pictures are gone")
-        if point.trail and point.next_chunk > live.spec.num_inherited:
-            live.stats = stats_of(point.trail[-1].dit_stats)
-        if point.next_chunk == 0:
-            return request, Resume(next_chunk=0, records=(), generator_state=b"", is_suspect=job.is_suspect)
-        pinned = () if point.pinned is None else (point.pinned,)
-        needed = {chunk.idx: chunk for chunk in (*point.undecoded, *point.trail, *pinned)}
-        records = tuple([await self._record(job, chunk) for chunk in needed.values()])
-        assert point.rng is not None
-        return request, Resume(
-            next_chunk=point.next_chunk,
-            records=records,
-            generator_state=point.rng,
-            undecoded=tuple(chunk.idx for chunk in point.undecoded),
-            is_suspect=job.is_suspect,
-        )
-
-    async def _record(self, job: Job, chunk: Chunk) -> ChunkRecord:
-        if chunk.lat_blob is None:
-            raise DataLossError(f"video {job.id}: the latents of chunk {chunk.idx} are gone")
-        latents = await self._engine.put(f"{job.id}/kept{chunk.idx}", await self._stores.blobs.get(chunk.lat_blob))
-        return ChunkRecord(chunk=chunk.idx, latents=latents, generator_state=chunk.rng or b"")
-
-    async def _step_back(self, live: LiveJob, point: ResumePoint, error: BlobMissingError) -> None:
-        """Latents are damaged: they are made again if nobody has seen their segment."""
-        rows = (*point.undecoded, *point.trail, *(() if point.pinned is None else (point.pinned,)))
-        damaged = [row.idx for row in rows if row.lat_blob == error.key]
-        if not damaged or not await self._stores.chunks.step_back(live.lease, min(damaged)):
-            raise DataLossError(f"video {live.id}: {error}") from error
-        logger.warning("job %s goes back to chunk %d: %s", live.id, min(damaged), error)
 
 
 def error_of(failure: Failure) -> HeliosError:
@@ -543,19 +379,6 @@ def _queue_deadline(job: Job, live: LiveJob) -> float | None:
         return None
     waited_s = 0.0 if job.epoch == 1 else max(0.0, time.time() - live.created_at)
     return asyncio.get_running_loop().time() + live.spec.queue_timeout_s - waited_s
-
-
-async def _patiently(work: Callable[[], Coroutine[None, None, T]]) -> T:
-    """The result of a verb of the store, which is tried again while the store does not answer."""
-    for wait_s in STORE_RETRY_S:
-        try:
-            return await work()
-        except HeliosError as error:
-            if error.code not in ("storage_unavailable", "storage_full"):
-                raise
-            logger.warning("the store does not take a commit, trying again: %s", error.message)
-            await asyncio.sleep(wait_s)
-    return await work()
 
 
 class _logged(suppress):  # noqa: N801  # reads as a statement

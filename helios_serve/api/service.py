@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 
 from helios_serve.api.auth import Caller
 from helios_serve.api.convert import ParsedRequest
+from helios_serve.api.engine_protocol import Engine
 from helios_serve.api.intake import DEFAULT_TTL_S, Extension, Intake, IntakeConfig, draining
-from helios_serve.api.job_runner import Engine, JobRunner, RunnerConfig
+from helios_serve.api.job_runner import JobRunner, RunnerConfig
 from helios_serve.api.job_spec import read_spec
 from helios_serve.api.job_view import JobViews
 from helios_serve.api.jobs import (

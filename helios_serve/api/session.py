@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from helios_serve.api.auth import Caller
-from helios_serve.api.job_runner import Engine, JobRunner
+from helios_serve.api.engine_protocol import Engine
+from helios_serve.api.job_runner import JobRunner
 from helios_serve.api.job_spec import changed
 from helios_serve.api.jobs import Job, JobEnded, JobEvent, JobProgress, JobSegment
 from helios_serve.api.live_job import AppliedControl, LiveJob

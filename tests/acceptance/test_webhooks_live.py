@@ -61,7 +61,12 @@ class Receiver:
 
 
 @pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
+def receiver(server: LiveServer) -> Iterator[Receiver]:
+    """Hears of no job that another module left running."""
+    deadline = time.monotonic() + 60
+    while any(server.http.get(f"/v1/videos?status={each}").json()["data"] for each in ("queued", "in_progress")):
+        assert time.monotonic() < deadline, "a job of another module does not end"
+        time.sleep(0.1)
     made = Receiver()
 
     class Answer(BaseHTTPRequestHandler):

@@ -17,10 +17,10 @@ from starlette.testclient import TestClient
 
 from helios_serve.api.auth import Authenticator, OriginPolicy
 from helios_serve.api.convert import Limits
+from helios_serve.api.engine_protocol import Engine
 from helios_serve.api.files import FileService
 from helios_serve.api.http_access import HttpAccess, owners_in
 from helios_serve.api.http_server import Extras, create_app
-from helios_serve.api.job_runner import Engine
 from helios_serve.api.limits import Limiter
 from helios_serve.api.media_input import DataUriSource, Media
 from helios_serve.api.outgoing import Outgoing

@@ -65,7 +65,7 @@ def test_the_commands_and_the_server_know_the_same_keys(place: list[str], tmp_pa
     assert known(stores, plain[:-1] + ("0" if plain[-1] != "0" else "1")) is None
     key = asyncio.run(DatabaseKeys(stores.access).find(parts[0]))
     assert key is not None
-    assert (key.scopes, key.limits) == ({"read"}, KeyLimits(frames_per_minute=5000))
+    assert (key.scopes, key.limits) == (frozenset({"read"}), KeyLimits(frames_per_minute=5000))
     assert key.expires_at is not None
     assert key.created_at is not None
     assert key.expires_at - key.created_at == pytest.approx(30 * 86_400, abs=5)

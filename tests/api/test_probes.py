@@ -111,10 +111,10 @@ def site_of(data_dir: Path, *keys: KeyRing) -> Iterator[Site]:
         files=FileService(stores.access, stores.blobs, stores.jobs, limiter),
         rows=stores.access,
         origins=origins,
-        probes=Probes(pulse=Pulse(lambda: site.silent_s), golden=GoldenProbe(groups.recheck)),
+        probes=Probes(pulse=Pulse(lambda: made.silent_s), golden=GoldenProbe(groups.recheck)),
     )
     apart = replace(extras, has_open_routes=False)
-    site = Site(
+    made = Site(
         whole=create_app(desk, extras),
         main=create_app(desk, apart),
         admin=create_admin_app(desk, metrics, apart),
@@ -122,7 +122,7 @@ def site_of(data_dir: Path, *keys: KeyRing) -> Iterator[Site]:
         groups=groups,
     )
     try:
-        yield site
+        yield made
     finally:
         stores.close()
 

@@ -1,0 +1,49 @@
+"""What the service asks of the engine. Knows requests and events; knows no job and no store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from helios_serve.types import Event, Resume, SamplingParams, TensorRef, VideoRequest
+
+
+class Engine(Protocol):
+    """What makes videos."""
+
+    def check(self, request: VideoRequest) -> None: ...
+
+    def run(
+        self,
+        request: VideoRequest,
+        *,
+        resume: Resume | None = None,
+        has_keeper: bool = False,
+        allowed: int | None = None,
+    ) -> AsyncGenerator[Event, None]: ...
+
+    async def read(self, ref: TensorRef) -> bytes: ...
+
+    async def put(self, name: str, record: bytes) -> TensorRef: ...
+
+    def committed(self, request_id: str, chunk: int) -> None: ...
+
+    def change_prompt(self, request_id: str, prompt: str, transition_chunks: int) -> int: ...
+
+    def restart(self, request_id: str, seed: int) -> int: ...
+
+    def allow(self, request_id: str, num_chunks: int) -> None: ...
+
+    def pause(self, request_id: str, is_paused: bool) -> None: ...
+
+    def release(self, request_id: str) -> None: ...
+
+    def reserve(self, request_id: str) -> None: ...
+
+    def stop(self, request_id: str) -> int: ...
+
+    def is_ready(self) -> bool: ...
+
+    def missing(self) -> list[str]: ...
+
+    def generated_fps(self, params: SamplingParams) -> float: ...
