@@ -24,7 +24,7 @@ from helios_serve.api.file_routes import FILES, file_router
 from helios_serve.api.files import FileService
 from helios_serve.api.generation_routes import SYNC, add_generation_routes
 from helios_serve.api.http_access import client_secret_router
-from helios_serve.api.middleware import BodyLimit, HeadLimit, RequestBoundary, RequestCount, SendLimit, error_response
+from helios_serve.api.middleware import BodyLimit, HeadLimit, RequestBoundary, RequestCount, error_response
 from helios_serve.api.probes import Probes
 from helios_serve.api.realtime import RealtimeRoute
 from helios_serve.api.routes import GENERATIONS, VIDEOS, Desk
@@ -124,7 +124,6 @@ def _add_layers(
     """What surrounds every request; the last one is the outermost."""
     settings = desk.settings
     app.add_middleware(BodyLimit, default_bytes=settings.max_other_body_bytes, bytes_by_path=bytes_by_path)
-    app.add_middleware(SendLimit, seconds=settings.send_timeout_s)
     app.add_middleware(HeadLimit, max_bytes=settings.max_head_bytes)
     app.add_middleware(RequestBoundary)
     app.add_middleware(Cors, policy=origins)

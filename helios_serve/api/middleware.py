@@ -5,7 +5,6 @@ Pure ASGI: a wrapper that runs the application in another task would hide the cl
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
@@ -241,28 +240,6 @@ class HeadLimit:
             message = f"host: {num_hosts} headers name one; exactly one is needed"
             return InvalidRequestError(message, param="host", code="malformed_body")
         return None
-
-
-class SendLimit:
-    """Gives up a client that reads nothing: its buffers are full, and stay so for `seconds`."""
-
-    def __init__(self, app: ASGIApp, *, seconds: float) -> None:
-        self._app = app
-        self._seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._seconds):
-                    await send(message)
-            except TimeoutError:
-                raise ClientDisconnect from None
-
-        await self._app(scope, receive, send_in_time)
 
 
 class BodyLimit:

@@ -53,7 +53,6 @@ class ServerSettings:
     max_body_bytes: int = 64 * 2**20
     max_other_body_bytes: int = 2**20
     max_head_bytes: int = 32 * 2**10
-    send_timeout_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

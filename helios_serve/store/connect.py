@@ -38,9 +38,10 @@ CLIENT: ClientConfig = {"timeout": "30s", "connect_timeout": "5s", "allow_http":
 class StoreConfig:
     """Where jobs and blobs are.
 
-    database_url: None for SQLite in the data directory; else `postgresql://...`. blob_url: None for a directory in the
-    data directory; else `s3://bucket/prefix`, `file:///path` or another that obstore knows. cache_bytes: local copies
-    of a bucket's blobs.
+    data_dir: of SQLite, blobs and caches. database_url: None for SQLite in the data directory; else
+    `postgresql://...`. blob_url: None for a directory in the data directory; else `s3://bucket/prefix`, `file:///path`
+    or another that obstore knows. lease_s: how long a job stays with a server that says nothing. keep_latents: whether
+    finished jobs keep all latents, not only what extending them needs. cache_bytes: local copies of a bucket's blobs.
     """
 
     data_dir: Path

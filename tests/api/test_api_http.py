@@ -339,7 +339,7 @@ def test_only_pure_asgi_middleware(app: FastAPI) -> None:
 
     kinds = [middleware.cls for middleware in app.user_middleware]
     names = [kind.__name__ for kind in kinds]  # type: ignore[attr-defined]
-    assert names == ["RequestCount", "Cors", "RequestBoundary", "HeadLimit", "SendLimit", "BodyLimit"]
+    assert names == ["RequestCount", "Cors", "RequestBoundary", "HeadLimit", "BodyLimit"]
     assert not any(isinstance(kind, type) and issubclass(kind, BaseHTTPMiddleware) for kind in kinds)
 
 

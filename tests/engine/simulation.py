@@ -35,6 +35,7 @@ from helios_serve.types import (
     Event,
     ExecutorEvent,
     Failure,
+    GoldenCheck,
     GroupLost,
     GroupUp,
     PackLimit,
@@ -163,6 +164,9 @@ class Machine:
     def condemn(self, group: str, why: str) -> None:
         self.num_condemned += 1
         self.kill(group, why)
+
+    def recheck(self, timeout_s: float) -> tuple[GoldenCheck, ...]:
+        return ()
 
     def drop(self, refs: Sequence[TensorRef]) -> None:
         for ref in refs:
