@@ -133,6 +133,8 @@ def serve(
     cors_origin: flags.CorsOrigin = None,
     media_url_host: flags.MediaUrlHost = None,
     webhook_private: flags.WebhookPrivate = None,
+    content_redirect: flags.ContentRedirect = None,
+    keys_in_database: flags.KeysInDatabase = None,
     tls_cert: flags.TlsCert = None,
     tls_key: flags.TlsKey = None,
     tls_client_ca: flags.TlsClientCa = None,

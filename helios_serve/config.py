@@ -89,7 +89,8 @@ class ServerConfig:
     keys; port 0 takes a free one; None leaves them at the main port. data_dir: jobs, videos, caches and secrets, unless
     section store says otherwise. warmup: recommended sizes that run once before the server greets: none, the default
     one, or all. metrics_alias: publish what vLLM's dashboards know under its names too. keys_file: API keys, as
-    `helios-serve keys` writes them; the file is watched. keys: API keys as text, in the same form. signing_keys_file:
+    `helios-serve keys` writes them; the file is watched. keys: API keys as text, in the same form. keys_in_database:
+    API keys of the job store too, as `helios-serve keys --keys db` writes them. signing_keys_file:
     secrets that sign addresses, one a line, the first signs and all verify; the same at every replica; None makes one
     in the data directory. signing_keys: the same as text, separated by white space or commas. cors_origins: web pages
     that may call, such as https://app.example. media_url_hosts: hosts from which images and videos may be fetched,
@@ -110,6 +111,7 @@ class ServerConfig:
     metrics_alias: Literal["vllm"] | None = None
     keys_file: Path | None = None
     keys: str | None = field(default=None, repr=False)
+    keys_in_database: bool = False
     signing_keys_file: Path | None = None
     signing_keys: str | None = field(default=None, repr=False)
     cors_origins: tuple[str, ...] = ()
@@ -146,7 +148,7 @@ class ServerConfig:
         if not self.is_loopback and not self.has_keys:
             raise ValueError(
                 f"host {self.host}: without API keys the server listens on loopback addresses only; use 127.0.0.1, or "
-                "give keys_file"
+                "give keys_file or keys_in_database"
             )
 
     @property
@@ -161,7 +163,7 @@ class ServerConfig:
 
     @property
     def has_keys(self) -> bool:
-        return self.keys_file is not None or bool(self.keys)
+        return self.keys_file is not None or bool(self.keys) or self.keys_in_database
 
     @property
     def is_loopback(self) -> bool:

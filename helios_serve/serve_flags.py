@@ -55,6 +55,12 @@ MediaUrlHost = Annotated[list[str] | None, typer.Option(help="A host from which 
 WebhookPrivate = Annotated[
     bool | None, typer.Option("--webhook-private", help="Webhooks may go to addresses that are not public.")
 ]
+ContentRedirect = Annotated[
+    bool | None, typer.Option("--content-redirect", help="Send clients to the bucket for finished videos.")
+]
+KeysInDatabase = Annotated[
+    bool | None, typer.Option("--keys-in-database", help="API keys of the job store, as `keys --keys db` writes them.")
+]
 TlsCert = Annotated[Path | None, typer.Option(help="PEM file, for HTTP and gRPC; with --tls-key.")]
 TlsKey = Annotated[Path | None, typer.Option(help="PEM file.")]
 TlsClientCa = Annotated[Path | None, typer.Option(help="PEM file; clients need a certificate of this authority.")]
@@ -102,6 +108,8 @@ KEYS = {
     "cors_origin": "server.cors_origins",
     "media_url_host": "server.media_url_hosts",
     "webhook_private": "server.webhook_private",
+    "content_redirect": "server.content_redirect",
+    "keys_in_database": "server.keys_in_database",
     "tls_cert": "server.tls_cert",
     "tls_key": "server.tls_key",
     "tls_client_ca": "server.tls_client_ca",

@@ -13,6 +13,7 @@ from helios_serve import __version__
 from helios_serve.api.auth import Authenticator, OriginPolicy
 from helios_serve.api.caller_media import CallerMedia
 from helios_serve.api.convert import Limits
+from helios_serve.api.database_keys import DatabaseKeys
 from helios_serve.api.files import FileService
 from helios_serve.api.grpc_access import GrpcAccess
 from helios_serve.api.grpc_server import GrpcServer, GrpcSettings
@@ -78,7 +79,7 @@ async def open_surfaces(parts: Parts, listeners: Listeners) -> Surfaces:
 
     Raises: HeliosError when this machine cannot decode media.
     """
-    server, limiter, authenticator = parts.server, Limiter(), Authenticator(_key_sources(parts.server))
+    server, limiter, authenticator = parts.server, Limiter(), Authenticator(_key_sources(parts))
     service = _service(parts, limiter)
     origins = OriginPolicy(is_keyless=not server.has_keys, allowed=frozenset(server.cors_origins))
     access = HttpAccess(
@@ -137,7 +138,14 @@ def _desk(parts: Parts, service: VideoService, access: HttpAccess, media: Caller
         tracing=parts.tracing,
         limits=Limits(webhook_schemes=("https", "http") if server.webhook_private else ("https",)),
     )
-    return Desk(service=service, access=access, settings=settings, webhooks=webhooks, media_for=media)
+    return Desk(
+        service=service,
+        access=access,
+        settings=settings,
+        webhooks=webhooks,
+        media_for=media,
+        presign=parts.stores.blobs.presign if server.content_redirect else None,
+    )
 
 
 def _grpc(parts: Parts, desk: Desk, access: GrpcAccess, pulse: Pulse, listeners: Listeners) -> GrpcServer:
@@ -161,10 +169,13 @@ def _grpc(parts: Parts, desk: Desk, access: GrpcAccess, pulse: Pulse, listeners:
     return GrpcServer(grpc_desk, access, parts.metrics, settings, pulse=pulse, tracing=parts.tracing)
 
 
-def _key_sources(server: ServerConfig) -> list[KeySource]:
+def _key_sources(parts: Parts) -> list[KeySource]:
+    server = parts.server
     sources: list[KeySource] = []
     if server.keys:
         sources.append(KeyRing(keys_from_env(server.keys)))
     if server.keys_file is not None:
         sources.append(KeyFile(server.keys_file))
+    if server.keys_in_database:
+        sources.append(DatabaseKeys(parts.stores.access))
     return sources

@@ -19,8 +19,6 @@ from helios_serve.api.http_access import HttpAccess
 from helios_serve.api.http_request import base_url_of, content_type_of, json_object, read_body
 from helios_serve.api.jobs import Job, Links, video_object
 from helios_serve.api.media_input import Media
-from helios_serve.api.pages import add_get as add_get
-from helios_serve.api.pages import error_answers as error_answers
 from helios_serve.api.service import VideoService
 from helios_serve.api.webhooks import WebhookSender
 from helios_serve.telemetry import Metrics

@@ -90,9 +90,7 @@ class VideoService:
         self._config = config
         self._runner = JobRunner(stores, engine, self._finish, config.runner, metrics)
         self._views = JobViews(stores, self._runner)
-        self._intake = Intake(
-            stores, engine, self._runner, self._views, IntakeConfig(model=model.name, ttl_s=config.ttl_s), limiter
-        )
+        self._intake = Intake(stores, engine, self._runner, self._views, _intake_config(model, engine, config), limiter)
         self._files = VideoFiles(stores, self._views, muxer, stills)
         self._desk = SessionDesk(
             stores=stores, engine=engine, runner=self._runner, watch=self.watch, metrics=metrics, config=config.session
@@ -364,6 +362,10 @@ class VideoService:
         if caller.limits is None:
             return self._config.max_session_frames
         return max(1, min(caller.limits.max_frames_per_job, int(caller.limits.max_session_seconds * fps)))
+
+
+def _intake_config(model: ModelInfo, engine: Engine, config: ServiceConfig) -> IntakeConfig:
+    return IntakeConfig(model=model.name, ttl_s=config.ttl_s, start_in_s=engine.start_in_s)
 
 
 _ENDED_STATES = records.ENDED

@@ -15,9 +15,10 @@ from helios_serve.api import schemas
 from helios_serve.api.http_request import accept_weights
 from helios_serve.api.jobs import model_object
 from helios_serve.api.names import shown
+from helios_serve.api.pages import add_get, error_answers
 from helios_serve.api.playground import PlaygroundFile, playground_files, playground_headers
 from helios_serve.api.probes import Probes
-from helios_serve.api.routes import VIDEOS, Desk, add_get, error_answers
+from helios_serve.api.routes import VIDEOS, Desk
 from helios_serve.errors import NotFoundError
 from helios_serve.telemetry import Metrics
 from helios_serve.types import GoldenCheck

@@ -106,12 +106,7 @@ def admit(now: float, request: VideoRequest, site: Site, model: CostModel, cfg: 
 
     Raises: InvalidRequestError, QuotaError or CapacityError, with when to try again.
     """
-    applicant = Applicant(
-        params=request.params,
-        tenant=request.tenant,
-        num_ranks=next((group.num_ranks for group in site.groups), 1),
-        has_media=request.task != "t2v",
-    )
+    applicant = _applicant(request, site)
     if request.service_class == "realtime":
         decision = admit_live(now, applicant, site, model, cfg)
     else:
@@ -122,6 +117,22 @@ def admit(now: float, request: VideoRequest, site: Site, model: CostModel, cfg: 
         raise InvalidRequestError(decision.reason, param="fps", code=decision.code)
     kind = QuotaError if decision.code == "quota_exceeded" else CapacityError
     raise kind(decision.reason, code=decision.code, retry_after_s=decision.retry_after_s)
+
+
+def start_in_s(request: VideoRequest, site: Site, model: CostModel) -> float:
+    """Seconds until an admitted request would start: 0 for a realtime one, and while groups outnumber the jobs."""
+    if request.service_class == "realtime" or len(site.jobs) < site.num_groups:
+        return 0.0
+    return estimated_start_s(_applicant(request, site), site, model)
+
+
+def _applicant(request: VideoRequest, site: Site) -> Applicant:
+    return Applicant(
+        params=request.params,
+        tenant=request.tenant,
+        num_ranks=next((group.num_ranks for group in site.groups), 1),
+        has_media=request.task != "t2v",
+    )
 
 
 def admit_live(now: float, applicant: Applicant, site: Site, model: CostModel, cfg: AdmissionConfig) -> Decision:

@@ -118,6 +118,10 @@ class AsyncEngine:
         """Frames per second at which a video with these parameters would be made alone, as far as is known now."""
         return self._engine.generated_fps(params)
 
+    def start_in_s(self, request: VideoRequest) -> float:
+        """Seconds until a request would start if it were taken now; 0 for a realtime one, which does not wait."""
+        return self._engine.start_in_s(request)
+
     @property
     def num_requests(self) -> int:
         return self._engine.num_requests

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 
 from helios_serve.config import EngineConfig
-from helios_serve.engine.admission import AdmissionConfig, Site, admit
+from helios_serve.engine.admission import AdmissionConfig, Site, admit, start_in_s
 from helios_serve.engine.dit_groups import DitGroups
 from helios_serve.engine.executor import Executor
 from helios_serve.engine.fairness import Tenants
@@ -124,6 +124,10 @@ class Engine:
     def generated_fps(self, params: SamplingParams) -> float:
         """Frames per second at which one group alone makes a video with these parameters, as far as is known now."""
         return FRAMES_PER_CHUNK / self._model.timing(params, 1, self._groups.num_ranks).occupied_s
+
+    def start_in_s(self, request: VideoRequest) -> float:
+        """Seconds until a request would start if it were taken now, as far as is known now."""
+        return start_in_s(request, self._site(), self._model)
 
     def check(self, request: VideoRequest, now: float) -> None:
         """Whether a request would be admitted now.
@@ -375,13 +379,15 @@ class Engine:
             raise CapacityError(f"no worker for {', '.join(missing)} is up", code="no_worker", retry_after_s=5.0)
         if len(self._runs) >= self._config.max_requests:
             raise CapacityError(f"{len(self._runs)} requests are waiting or running; try again later")
-        site = Site(
+        admit(now, request, self._site(), self._model, self._admission)
+
+    def _site(self) -> Site:
+        return Site(
             jobs=[run.state for run in self._runs.values()],
             groups=self._groups.states,
             num_vaes=self._vaes.num_members,
             tenants=self._tenants,
         )
-        admit(now, request, site, self._model, self._admission)
 
     def _on_encoded(self, event: Encoded, now: float) -> None:
         job = self._encoders.finish(event.task_id)

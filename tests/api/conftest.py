@@ -83,6 +83,7 @@ class FakeEngine:
         self.resumed: list[Resume] = []
         self.refusal: HeliosError | None = None
         self.ready = True
+        self.queue_s = 0.0
         self.num_active = 0
         self.max_active = 0
         self._num_committed: dict[str, int] = {}
@@ -95,6 +96,9 @@ class FakeEngine:
 
     def generated_fps(self, params: SamplingParams) -> float:
         return 12.0
+
+    def start_in_s(self, request: VideoRequest) -> float:
+        return self.queue_s
 
     def check(self, request: VideoRequest) -> None:
         if self.refusal is not None:

@@ -14,6 +14,7 @@ from helios_serve.engine.admission import (
     admit_offline,
     estimated_start_s,
     highest_fps,
+    start_in_s,
 )
 from helios_serve.engine.fairness import Tenants
 from helios_serve.engine.request_state import Arrival, GroupState, RequestState
@@ -197,6 +198,21 @@ def test_fair_order_lets_another_tenant_start_at_once() -> None:
     assert not admit_offline(place.asks("a"), place.site, place.model, CFG).admitted
     assert estimated_start_s(place.asks("b"), place.site, place.model) == 0.0
     assert admit_offline(place.asks("b"), place.site, place.model, CFG).admitted
+
+
+def test_nothing_waits_while_groups_outnumber_the_jobs() -> None:
+    place = Place()
+    place.add("offline", "a", chunks=15)
+    params = place.asks("a").params
+    prompts = (PromptChange(chunk=0, prompt="p"),)
+    ask = VideoRequest(request_id="video_0", prompts=prompts, params=params, tenant="a")
+    assert estimated_start_s(place.asks("a"), place.site, place.model) > 0
+    assert start_in_s(ask, place.site, place.model) == 0.0, "one of the two groups is free"
+    place.add("offline", "a", chunks=15)
+    waits_s = start_in_s(ask, place.site, place.model)
+    assert waits_s == estimated_start_s(place.asks("a"), place.site, place.model) > 0
+    live = VideoRequest(request_id="video_1", prompts=prompts, params=params, tenant="a", service_class="realtime")
+    assert start_in_s(live, place.site, place.model) == 0.0
 
 
 def test_live_reservations_lengthen_the_offline_wait() -> None:
