@@ -14,6 +14,7 @@ import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
+from importlib.metadata import distribution
 from pathlib import Path
 
 import uvicorn
@@ -91,12 +92,34 @@ def _put_together(settings: Settings, stores: Stores, signing: SigningKeys, trac
         stores=stores,
         info=info,
         server=server,
+        about=_about(model, ray, server),
         signing=signing,
         metrics=metrics,
         tracing=tracing,
         # A crash of a worker of a cluster does not end this process.
         runner=RunnerConfig(crashed=has_crashed, notes_dispatch=ray is None),
     )
+
+
+def _about(model: ModelConfig, ray: ExecutorConfig | None, server: ServerConfig) -> dict[str, object]:
+    """What /version says beside the version and the model's name; no path of this machine."""
+    one_each = {"encoder": 1, "dit": 1, "vae": 1}
+    of_cluster = {} if ray is None else {"encoder": ray.num_encoders, "dit": ray.num_dit_groups, "vae": ray.num_vaes}
+    return {
+        "commit": _commit(),
+        "device": model.device,
+        "dtype": model.dtype,
+        "quantize": model.quantize,
+        "executor": "local" if ray is None else "ray",
+        "roles": of_cluster if of_cluster else one_each,
+        "protocols": ["openai-videos", "helios.v1", *(["helios.video.v1"] if server.grpc_port is not None else [])],
+    }
+
+
+def _commit() -> str | None:
+    """The commit that this package was installed from; None for a package that does not say."""
+    text = distribution("helios-serve").read_text("direct_url.json")
+    return None if text is None else json.loads(text).get("vcs_info", {}).get("commit_id")
 
 
 def _local(model: ModelConfig) -> tuple[CheckpointConfig, Executor]:

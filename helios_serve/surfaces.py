@@ -5,6 +5,7 @@ it. Knows which part needs which; opens no port.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -49,13 +50,14 @@ MEDIA_LIMITS = SandboxLimits(cpu_s=60, wall_s=90.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What a server is put together from. executor: the one that `engine` runs."""
+    """What a server is put together from. executor: the one that `engine` runs. about: what /version says of it."""
 
     engine: AsyncEngine
     executor: Executor
     stores: Stores
     info: ModelInfo
     server: ServerConfig
+    about: Mapping[str, object]
     signing: SigningKeys
     metrics: Metrics
     tracing: Tracing
@@ -134,6 +136,7 @@ def _desk(parts: Parts, service: VideoService, access: HttpAccess, media: Caller
     service.on_end = webhooks.wake
     settings = ServerSettings(
         version=__version__,
+        about=parts.about,
         metrics=parts.metrics,
         tracing=parts.tracing,
         limits=Limits(webhook_schemes=("https", "http") if server.webhook_private else ("https",)),

@@ -29,6 +29,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from helios_serve import __version__
 from helios_serve.api.signed_urls import UrlSigner, signing_keys_from
 
 PROGRAM = Path(sys.executable).with_name("helios-serve")
@@ -118,6 +119,9 @@ def test_a_server_from_start_to_ctrl_c(data_dir: Path, tmp_path: Path) -> None:
         assert (data_dir / "models" / "helios-tiny" / "model_index.json").is_file()
         assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
         assert httpx2.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "helios-tiny"
+        about = httpx2.get(f"{server.url}/version").json()
+        assert (about["version"], about["device"], about["dtype"]) == (__version__, "cpu", "float32")
+        assert about["roles"] == {"encoder": 1, "dit": 1, "vae": 1}
 
         words = shlex.split(server.curl.replace("\\\n", " "))
         assert (words[:2], words[-2:]) == (["curl", f"{server.url}/v1/videos/generations"], ["-o", "video.mp4"])

@@ -45,6 +45,7 @@ class ServerSettings:
     """What the HTTP surface needs beside the service. Without `metrics` it counts its requests in its own."""
 
     version: str
+    about: Mapping[str, object] = field(default_factory=dict)
     metrics: Metrics | None = None
     tracing: Tracing = field(default_factory=NoTracing)
     limits: Limits = field(default_factory=Limits)

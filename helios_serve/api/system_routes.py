@@ -125,7 +125,8 @@ class _OpenRoutes:
         return _status_answer("stuck", self._probes.pulse.problems())
 
     async def version(self) -> Response:
-        return JSONResponse({"version": self._settings.version, "model": self._service.model.name})
+        served = {"version": self._settings.version, "model": self._service.model.name}
+        return JSONResponse({**served, **self._settings.about})
 
     async def metrics(self, request: Request) -> Response:
         weights = accept_weights(request, "text/plain", "application/openmetrics-text")
