@@ -410,7 +410,7 @@ def test_a_due_decode_goes_before_the_next_step(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, half: str, is_due: bool, steps_go_on: bool
 ) -> None:
     slow = Slow(monkeypatch, half)
-    video, long = request("fox"), request("owl", steps=(400, 1, 1))
+    video, long = request("fox"), request("owl", steps=(4000, 1, 1))
     driver.chunk(video, driver.begin(video), [])
     done = driver.next(TaskDone)
     task_id = driver.chunk(long, driver.begin(long), [])
