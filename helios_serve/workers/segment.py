@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -68,7 +70,7 @@ def encode_segment(yuv: npt.NDArray[np.uint8], spec: SegmentSpec, chunk: int, st
     assert len(yuv) > 0
     output = io.BytesIO()
     options = _MUXER_OPTIONS | {"fragment_index": str(chunk + 1)}
-    with av.open(output, "w", format="mp4", options=options) as container:
+    with _own_priority(), av.open(output, "w", format="mp4", options=options) as container:
         stream = container.add_stream(_ENCODERS[spec.codec], rate=frame_rate(spec.fps))
         assert isinstance(stream, av.VideoStream)
         _configure(stream, spec)
@@ -79,6 +81,21 @@ def encode_segment(yuv: npt.NDArray[np.uint8], spec: SegmentSpec, chunk: int, st
     assert [kind for kind, _ in boxes] == [b"ftyp", b"moov", b"moof", b"mdat"]
     ftyp, moov, moof, mdat = (content for _, content in boxes)
     return ftyp + moov, moof + mdat
+
+
+@contextmanager
+def _own_priority() -> Iterator[None]:
+    """Gives the calling thread its scheduling back: SVT-AV1 makes it a real-time one where it may, as root, and it and
+    all threads that it starts would keep everything else from running."""
+    if sys.platform != "linux":
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != policy:
+            os.sched_setscheduler(0, policy, parameters)
 
 
 def progressive_mp4(init: bytes, media: Sequence[bytes]) -> bytes:

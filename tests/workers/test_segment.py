@@ -1,6 +1,8 @@
 """Segments: colour conversion, box structure, timestamps, concatenation and the progressive file."""
 
 import io
+import os
+import sys
 from fractions import Fraction
 
 import av
@@ -185,3 +187,11 @@ def test_frame_rates_are_exact():
     assert frame_rate(29.97) == Fraction(30000, 1001)
     assert frame_rate(59.94) == Fraction(60000, 1001)
     assert frame_rate(1) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="scheduling policies are read on Linux only")
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_encoder_leaves_the_priority_of_its_thread_as_it_was(codec):
+    before = os.sched_getscheduler(0)
+    encode_segment(np.zeros((2, HEIGHT * 3 // 2, WIDTH), np.uint8), _spec(codec=codec), 0, 0)
+    assert os.sched_getscheduler(0) == before
