@@ -19,10 +19,11 @@ class ModelConfig:
     """Which checkpoint runs, and where.
 
     model: directory of a checkpoint in the official layout, or its id at the hub. device: where the roles compute.
-    dtype: of the transformer and the text encoder; the VAE runs in float32, as the official pipelines do. offload: what
-    stays in host memory and visits the device layer by layer: nothing, the text encoder, or all that has many layers,
-    for devices of 8 GB. quantize: fp8 rounds the transformer's weights when they are loaded, and its activations as
-    they come; an approximation, experimental until its quality is shown on trained weights.
+    dtype: of the transformer and the text encoder. offload: what stays in host memory and visits the device layer by
+    layer: nothing, the text encoder, or all that has many layers, for devices of 8 GB. quantize: fp8 rounds the
+    transformer's weights when they are loaded, and its activations as they come; an approximation, experimental until
+    its quality is shown on trained weights. vae_precision: in which the VAE decodes, fp32 as the official pipelines do;
+    None is bf16 on cuda, fp32 on cpu. The VAE always encodes in fp32.
     """
 
     model: str
@@ -30,6 +31,7 @@ class ModelConfig:
     dtype: DType = "float32"
     offload: Offload = "none"
     quantize: Literal["none", "fp8"] = "none"
+    vae_precision: Literal["fp32", "bf16"] | None = None
 
     @property
     def served_name(self) -> str:

@@ -2,7 +2,7 @@
 
 One program per token: it reads its row once, keeps it in registers and writes each result once. Statistics are float32
 (float64 for float64 inputs). Products and sums are rounded one by one, as in the reference: nothing is contracted to a
-fused multiply-add.
+fused multiply-add. A result is stored in the dtype of `x`, or rounded on to e4m3 with a scale per row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from helios_serve.kernels import reference
-from helios_serve.kernels.launch import Specialisation, accumulator, block_of, jit, operator, tl, warps_for
+from helios_serve.kernels.launch import Specialisation, accumulator, block_of, jit, num_warps, operator, tl, warps_for
+from helios_serve.kernels.quantize_rows import store_row
 
 _EXACT = {"enable_fp_fusion": False}
 
@@ -34,11 +35,13 @@ def _layer_norm_kernel(
     scale_ptr,
     row_ptr,
     out_ptr,
+    row_scale_ptr,
     shift_stride,
     scale_stride,
     D: tl.constexpr,
     EPS: tl.constexpr,
     IS_MODULATED: tl.constexpr,
+    IS_FP8: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -52,7 +55,7 @@ def _layer_norm_kernel(
     if IS_MODULATED:
         scale = 1.0 + scale
     out = _normed(value, is_inside, D, EPS) * scale + shift
-    tl.store(out_ptr + token * D + columns, out.to(out_ptr.dtype.element_ty), mask=is_inside)
+    store_row(out, x_ptr, out_ptr, row_scale_ptr, token, columns, is_inside, D, IS_FP8)
 
 
 @jit
@@ -67,13 +70,16 @@ def _gated_residual_norm_kernel(
     weight_ptr,
     bias_ptr,
     normed_ptr,
+    normed_scale_ptr,
     current_ptr,
+    current_scale_ptr,
     gate_stride,
     shift_stride,
     scale_stride,
     D: tl.constexpr,
     EPS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    IS_FP8: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -94,12 +100,12 @@ def _gated_residual_norm_kernel(
             weight = tl.load(weight_ptr + columns, mask=is_inside, other=0.0).to(WIDE)
             bias = tl.load(bias_ptr + columns, mask=is_inside, other=0.0).to(WIDE)
             out = normed * weight + bias
-            tl.store(current_ptr + place * D + columns, out.to(current_ptr.dtype.element_ty), mask=is_inside)
+            store_row(out, x_ptr, current_ptr, current_scale_ptr, place, columns, is_inside, D, IS_FP8)
     if place < 0:
         shift = tl.load(shift_ptr + row * shift_stride + columns, mask=is_inside, other=0.0).to(WIDE)
         scale = tl.load(scale_ptr + row * scale_stride + columns, mask=is_inside, other=0.0).to(WIDE)
         out = normed * (1.0 + scale) + shift
-        tl.store(normed_ptr + token * D + columns, out.to(normed_ptr.dtype.element_ty), mask=is_inside)
+        store_row(out, x_ptr, normed_ptr, normed_scale_ptr, token, columns, is_inside, D, IS_FP8)
 
 
 @jit
@@ -111,10 +117,12 @@ def _residual_scatter_norm_kernel(
     scale_ptr,
     row_ptr,
     normed_ptr,
+    normed_scale_ptr,
     shift_stride,
     scale_stride,
     D: tl.constexpr,
     EPS: tl.constexpr,
+    IS_FP8: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -130,39 +138,47 @@ def _residual_scatter_norm_kernel(
     shift = tl.load(shift_ptr + row * shift_stride + columns, mask=is_inside, other=0.0).to(WIDE)
     scale = tl.load(scale_ptr + row * scale_stride + columns, mask=is_inside, other=0.0).to(WIDE)
     out = _normed(added.to(WIDE), is_inside, D, EPS) * (1.0 + scale) + shift
-    tl.store(normed_ptr + token * D + columns, out.to(normed_ptr.dtype.element_ty), mask=is_inside)
+    store_row(out, x_ptr, normed_ptr, normed_scale_ptr, token, columns, is_inside, D, IS_FP8)
 
 
 def launch_layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float) -> Tensor:
     """`reference.layer_norm_modulate` by Triton; shift and scale may be rows of a larger table."""
-    return _launch_norm(x, shift, scale, row, eps)
+    out = torch.empty_like(x)
+    launch_norm(x, shift, scale, row, eps, out, None)
+    return out
 
 
 def launch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`reference.layer_norm` by Triton."""
-    return _launch_norm(x, bias, weight, None, eps)
+    out = torch.empty_like(x)
+    launch_norm(x, bias, weight, None, eps, out, None)
+    return out
 
 
-def _launch_norm(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor | None, eps: float) -> Tensor:
-    _check_rows(x, shift, scale)
-    out, block = torch.empty_like(x), block_of(x.shape[1])
+def launch_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, row: Tensor | None, eps: float, out: Tensor, row_scale: Tensor | None
+) -> None:
+    """Both norms; with `row_scale` [N, 1] float32 the result `out` [N, D] is e4m3."""
+    _check_rows(x, shift, scale, out)
+    block = block_of(x.shape[1])
     _layer_norm_kernel[(len(x),)](
         x,
         shift,
         scale,
         row,
         out,
+        row_scale,
         shift.stride(0),
         scale.stride(0),
         D=x.shape[1],
         EPS=eps,
         IS_MODULATED=row is not None,
+        IS_FP8=row_scale is not None,
         WIDE=accumulator(x),
         BLOCK=block,
-        num_warps=warps_for(block),
+        num_warps=num_warps(_layer_norm_kernel, block, x.device),
         **_EXACT,
     )
-    return out
 
 
 def launch_gated_residual_norm(
@@ -170,7 +186,7 @@ def launch_gated_residual_norm(
 ) -> Tensor:
     """`reference.gated_residual_norm` by Triton."""
     normed = torch.empty_like(x)
-    _launch_residual(x, y, gate, row, None, shift, scale, None, None, eps, normed, None)
+    launch_residual(x, y, gate, row, None, shift, scale, None, None, eps, normed, None, None, None)
     return normed
 
 
@@ -189,11 +205,10 @@ def launch_gated_residual_split_norm(
     current: Tensor,
 ) -> None:
     """`reference.gated_residual_split_norm` by Triton."""
-    _check_rows(normed, current, weight, bias)
-    _launch_residual(x, y, gate, row, current_place, shift, scale, weight, bias, eps, normed, current)
+    launch_residual(x, y, gate, row, current_place, shift, scale, weight, bias, eps, normed, None, current, None)
 
 
-def _launch_residual(
+def launch_residual(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
@@ -205,9 +220,14 @@ def _launch_residual(
     bias: Tensor | None,
     eps: float,
     normed: Tensor,
+    normed_scale: Tensor | None,
     current: Tensor | None,
+    current_scale: Tensor | None,
 ) -> None:
+    """All residuals with a gate; with scales [., 1] float32 the results are e4m3."""
     _check_rows(x, y, gate, shift, scale)
+    _check_rows(*(tensor for tensor in (normed, current, weight, bias) if tensor is not None))
+    assert current is None or current.is_contiguous()
     block = block_of(x.shape[1])
     _gated_residual_norm_kernel[(len(x),)](
         x,
@@ -220,16 +240,19 @@ def _launch_residual(
         weight,
         bias,
         normed,
+        normed_scale,
         current,
+        current_scale,
         gate.stride(0),
         shift.stride(0),
         scale.stride(0),
         D=x.shape[1],
         EPS=eps,
         IS_SPLIT=current_place is not None,
+        IS_FP8=normed_scale is not None,
         WIDE=accumulator(x),
         BLOCK=block,
-        num_warps=warps_for(block),
+        num_warps=num_warps(_gated_residual_norm_kernel, block, x.device),
         **_EXACT,
     )
 
@@ -238,6 +261,21 @@ def launch_residual_scatter_norm(
     x: Tensor, y: Tensor, index: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float, normed: Tensor
 ) -> None:
     """`reference.residual_scatter_norm` by Triton."""
+    launch_scatter(x, y, index, shift, scale, row, eps, normed, None)
+
+
+def launch_scatter(
+    x: Tensor,
+    y: Tensor,
+    index: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    row: Tensor,
+    eps: float,
+    normed: Tensor,
+    normed_scale: Tensor | None,
+) -> None:
+    """The same; with `normed_scale` [N, 1] float32 the result is e4m3."""
     _check_rows(x, y, shift, scale, normed)
     block = block_of(x.shape[1])
     _residual_scatter_norm_kernel[(len(y),)](
@@ -248,13 +286,15 @@ def launch_residual_scatter_norm(
         scale,
         row,
         normed,
+        normed_scale,
         shift.stride(0),
         scale.stride(0),
         D=x.shape[1],
         EPS=eps,
+        IS_FP8=normed_scale is not None,
         WIDE=accumulator(x),
         BLOCK=block,
-        num_warps=warps_for(block),
+        num_warps=num_warps(_residual_scatter_norm_kernel, block, x.device),
         **_EXACT,
     )
 
@@ -301,30 +341,40 @@ residual_scatter_norm = operator(
 
 
 def specialisations(width: int) -> tuple[Specialisation, ...]:
-    """What a transformer of that width launches in bfloat16."""
+    """What a transformer of that width launches in bfloat16, with results in bfloat16 and in e4m3."""
+    return (*_specialisations(width, is_fp8=False), *_specialisations(width, is_fp8=True))
+
+
+def _specialisations(width: int, *, is_fp8: bool) -> tuple[Specialisation, ...]:
     block = block_of(width)
-    always = {"D": width, "EPS": 1e-6, "WIDE": tl.float32, "BLOCK": block}
+    always = {"D": width, "EPS": 1e-6, "WIDE": tl.float32, "BLOCK": block, "IS_FP8": is_fp8}
+    result = "*fp8e4nv" if is_fp8 else "*bf16"
     tables = {"shift_ptr": "*fp32", "scale_ptr": "*fp32", "shift_stride": "i32", "scale_stride": "i32"}
-    stream = {"x_ptr": "*bf16", "y_ptr": "*bf16", "row_ptr": "*i32", "normed_ptr": "*bf16", **tables}
+    norm = {"x_ptr": "*bf16", "out_ptr": result, "row_scale_ptr": "*fp32", **tables}
+    stream = {"x_ptr": "*bf16", "y_ptr": "*bf16", "row_ptr": "*i32", **tables}
+    stream |= {"normed_ptr": result, "normed_scale_ptr": "*fp32"}
     gated = {**stream, "gate_ptr": "*fp32", "gate_stride": "i32"}
-    nothing = dict.fromkeys(("place_ptr", "weight_ptr", "bias_ptr", "current_ptr"))
-    split = {"place_ptr": "*i32", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "current_ptr": "*bf16"}
-    norm = {"x_ptr": "*bf16", "out_ptr": "*bf16", **tables}
-    made: tuple[tuple[str, Any, dict[str, str], dict[str, Any]], ...] = (
+    whole = dict.fromkeys(("place_ptr", "weight_ptr", "bias_ptr", "current_ptr", "current_scale_ptr"))
+    split = {"place_ptr": "*i32", "weight_ptr": "*fp32", "bias_ptr": "*fp32"}
+    split |= {"current_ptr": result, "current_scale_ptr": "*fp32"}
+    made: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         ("layer_norm_modulate", _layer_norm_kernel, {**norm, "row_ptr": "*i32"}, {"IS_MODULATED": True}),
-        ("layer_norm", _layer_norm_kernel, norm, {"IS_MODULATED": False, "row_ptr": None}),
-        ("gated_residual_norm", _gated_residual_norm_kernel, gated, {"IS_SPLIT": False, **nothing}),
+        ("gated_residual_norm", _gated_residual_norm_kernel, gated, {"IS_SPLIT": False, **whole}),
         ("gated_residual_split_norm", _gated_residual_norm_kernel, {**gated, **split}, {"IS_SPLIT": True}),
         ("residual_scatter_norm", _residual_scatter_norm_kernel, {**stream, "index_ptr": "*i64"}, {}),
-    )
+    ]
+    if not is_fp8:
+        made.append(("layer_norm", _layer_norm_kernel, norm, {"IS_MODULATED": False, "row_ptr": None}))
+    absent = {} if is_fp8 else dict.fromkeys(("row_scale_ptr", "normed_scale_ptr", "current_scale_ptr"))
     return tuple(
         Specialisation(
-            name=name,
+            name=f"{name}_fp8" if is_fp8 else name,
             kernel=kernel,
-            types=types,
-            constants={**always, **constants},
+            types={argument: kind for argument, kind in types.items() if argument not in absent},
+            constants={**always, **constants, **{key: None for key in absent if key in kernel.arg_names}},
             num_warps=warps_for(block),
             is_contracted=False,
+            min_capability=90 if is_fp8 else 80,
         )
         for name, kernel, types, constants in made
     )

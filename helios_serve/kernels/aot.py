@@ -12,20 +12,22 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from helios_serve.kernels import adaln_norm
-from helios_serve.kernels.launch import Specialisation
+from helios_serve.kernels import adaln_norm, vae_epilogue, vae_norm_silu, yuv
+from helios_serve.kernels.launch import Specialisation, read_tuned, tuning_key
 from helios_serve.kernels.qk_norm_rope import specialisations as qk_specialisations
+from helios_serve.kernels.quantize_rows import specialisations as quantising_specialisations
 
 CAPABILITIES = (80, 90, 100)
-WIDTH, HEAD_DIM = 5120, 128
+WIDTH, FFN_WIDTH, HEAD_DIM = 5120, 13824, 128
+VAE_WIDTHS = (96, 192, 384)
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 _WIDE_LOAD = re.compile(r"\bLDG\.E\.(?:\w+\.)*128")
@@ -50,8 +52,28 @@ class Usage:
     matrix_products: int
 
 
-def all_specialisations() -> tuple[Specialisation, ...]:
-    return (*adaln_norm.specialisations(WIDTH), *qk_specialisations(WIDTH, HEAD_DIM))
+def all_specialisations() -> list[Specialisation]:
+    """As launched where nothing was tuned, then with each number of warps that was."""
+    plain = (
+        *adaln_norm.specialisations(WIDTH),
+        *qk_specialisations(WIDTH, HEAD_DIM),
+        *quantising_specialisations((WIDTH, FFN_WIDTH)),
+        *vae_norm_silu.specialisations(VAE_WIDTHS),
+        *vae_epilogue.specialisations(VAE_WIDTHS),
+        *yuv.specialisations(),
+    )
+    tables = [tables.get("num_warps", {}) for tables in read_tuned().values()]
+    tuned = [
+        replace(one, name=f"{one.name}_{warps}w", num_warps=warps) for one in plain for warps in _warps(one, tables)
+    ]
+    return [*plain, *tuned]
+
+
+def _warps(one: Specialisation, tables: Sequence[Mapping[str, int]]) -> list[int]:
+    if "BLOCK" not in one.constants:
+        return []
+    key = tuning_key(one.kernel, one.constants["BLOCK"])
+    return sorted({table[key] for table in tables if key in table} - {one.num_warps})
 
 
 def compile_one(one: Specialisation, capability: int) -> Usage:
@@ -89,7 +111,12 @@ def _output(tool: str, *arguments: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    usages = [compile_one(one, capability) for one in all_specialisations() for capability in CAPABILITIES]
+    usages = [
+        compile_one(one, capability)
+        for one in all_specialisations()
+        for capability in CAPABILITIES
+        if capability >= one.min_capability
+    ]
     text = json.dumps({"triton": triton.__version__, "kernels": [asdict(usage) for usage in usages]}, indent=1)
     if arguments[:1] == ["--json"]:
         Path(arguments[1]).write_text(text + "\n", encoding="utf-8")

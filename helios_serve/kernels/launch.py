@@ -1,14 +1,18 @@
 """How the operators of this package come to be: each is one name in PyTorch's dispatcher, with its plain reference
 behind it on every device and a Triton kernel in front of it on CUDA devices.
 
-Knows the dispatcher and whether Triton is there; knows no operator. A trace sees one operator per fused kernel.
+Knows the dispatcher, whether Triton is there and what was tuned for a device; knows no operator. A trace sees one
+operator per fused kernel.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +32,11 @@ else:
         return kernel
 
 
+TUNED = Path(__file__).with_name("tuned.json")
+"""What was measured: for each name of a device its tables, such as `num_warps` by kernel and block. What it lacks is
+chosen by a plain function of the shape."""
+NUM_WARPS = (4, 8, 16)
+"""Candidates for tuning kernels that hold a row in registers."""
 _LIBRARY = torch.library.Library("helios", "DEF")
 
 
@@ -63,7 +72,7 @@ class Specialisation:
     """A kernel as a server would launch it, to be compiled ahead of time.
 
     name: unique among all. types: Triton's type of each argument that varies, such as "*bf16", "*fp32" or "i32"; all
-    are taken as divisible by 16. constants: the other arguments.
+    are taken as divisible by 16. constants: the other arguments. min_capability: of devices that can run it, times 10.
     """
 
     name: str
@@ -72,6 +81,7 @@ class Specialisation:
     constants: Mapping[str, Any]
     num_warps: int
     is_contracted: bool = True
+    min_capability: int = 80
 
 
 def accumulator(x: Tensor) -> Any:
@@ -87,3 +97,30 @@ def block_of(width: int) -> int:
 def warps_for(block: int) -> int:
     """So that a thread holds 32 values of a row, or fewer."""
     return min(16, max(1, block // 1024))
+
+
+def num_warps(kernel: Any, block: int, device: torch.device) -> int:
+    """As measured on devices of that name, else `warps_for`."""
+    warps: int = tuned("num_warps", device).get(tuning_key(kernel, block), warps_for(block))
+    return warps
+
+
+def tuning_key(kernel: Any, block: int) -> str:
+    """In the table `num_warps`."""
+    return f"{kernel.__name__.strip('_')}/{block}"
+
+
+@cache
+def tuned(table: str, device: torch.device) -> Mapping[str, Any]:
+    """What was measured on devices of that name; empty if nothing was."""
+    if device.type != "cuda":
+        return {}
+    found: Mapping[str, Any] = read_tuned().get(torch.cuda.get_device_name(device), {}).get(table, {})
+    return found
+
+
+@cache
+def read_tuned() -> Mapping[str, Mapping[str, Any]]:
+    """All that ships in `TUNED`."""
+    tables: dict[str, Mapping[str, Any]] = json.loads(TUNED.read_text(encoding="utf-8"))
+    return tables

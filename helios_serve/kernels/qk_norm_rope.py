@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helios_serve.kernels import reference
-from helios_serve.kernels.launch import Specialisation, accumulator, block_of, jit, operator, tl, warps_for
+from helios_serve.kernels.launch import Specialisation, accumulator, block_of, jit, num_warps, operator, tl, warps_for
 
 _EXACT = {"enable_fp_fusion": False}
 
@@ -99,13 +99,18 @@ def launch_qk_norm_rope(
         IS_SCALED=history_scale is not None,
         WIDE=accumulator(qkv),
         BLOCK=block,
-        num_warps=warps_for(block),
+        num_warps=num_warps(_norm_rope_kernel, block, qkv.device),
         **_EXACT,
     )
 
 
 def launch_norm_rope(
-    x: Tensor, weight: Tensor, rotary: Tensor, eps: float, history_scale: Tensor | None, row: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    rotary: Tensor,
+    eps: float,
+    history_scale: Tensor | None = None,
+    row: Tensor | None = None,
 ) -> Tensor:
     """`reference.norm_rope` by Triton; the heads of a token lie back to back, tokens may be apart."""
     num_tokens, num_heads, head_dim = x.shape
@@ -132,7 +137,7 @@ def launch_norm_rope(
         IS_SCALED=history_scale is not None,
         WIDE=accumulator(x),
         BLOCK=block,
-        num_warps=warps_for(block),
+        num_warps=num_warps(_norm_rope_kernel, block, x.device),
         **_EXACT,
     )
     return out
@@ -163,7 +168,7 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         IS_SCALED=False,
         WIDE=accumulator(x),
         BLOCK=block,
-        num_warps=warps_for(block),
+        num_warps=num_warps(_norm_rope_kernel, block, x.device),
         **_EXACT,
     )
     return out
@@ -180,7 +185,7 @@ def _scale_stride(history_scale: Tensor | None) -> int:
     return 0 if history_scale is None or len(history_scale) == 1 else 1
 
 
-def _reference_in_place(
+def reference_qk_norm_rope_(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
@@ -189,14 +194,15 @@ def _reference_in_place(
     history_scale: Tensor | None,
     row: Tensor | None,
 ) -> None:
+    """`reference.qk_norm_rope` into `qkv` itself."""
     q, k, _ = reference.qk_norm_rope(qkv, q_weight, k_weight, rotary, eps, history_scale, row)
     qkv[:, 0], qkv[:, 1] = q, k
 
 
-_qk_norm_rope_ = operator(
+qk_norm_rope_ = operator(
     "qk_norm_rope_(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor rotary, float eps, "
     "Tensor? history_scale, Tensor? row) -> ()",
-    reference=_reference_in_place,
+    reference=reference_qk_norm_rope_,
     kernel=launch_qk_norm_rope,
     shapes=lambda *_: None,
 )
@@ -212,7 +218,7 @@ def qk_norm_rope(
     row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.qk_norm_rope`, but `qkv` [N, 3, H, Dh] is changed, and the results are views of it."""
-    _qk_norm_rope_(qkv, q_weight, k_weight, rotary, eps, history_scale, row)
+    qk_norm_rope_(qkv, q_weight, k_weight, rotary, eps, history_scale, row)
     q, k, v = qkv.unbind(1)
     return q, k, v
 

@@ -11,6 +11,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from helios_serve.kernels.fp8 import quantize_rows as quantize_rows
+from helios_serve.kernels.reference_vae import add_bias as add_bias
+from helios_serve.kernels.reference_vae import conv3d as conv3d
+from helios_serve.kernels.reference_vae import convolve as convolve
+from helios_serve.kernels.reference_vae import norm_rows as norm_rows
+from helios_serve.kernels.reference_vae import place_with_bias as place_with_bias
+from helios_serve.kernels.reference_vae import rgb_to_yuv420 as rgb_to_yuv420
+from helios_serve.kernels.reference_vae import rms_norm_silu as rms_norm_silu
+from helios_serve.kernels.reference_vae import to_uint8 as to_uint8
+from helios_serve.kernels.reference_vae import vae_rms_norm as vae_rms_norm
+
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float) -> Tensor:
     """LayerNorm without affine, then `* (1 + scale) + shift` with the modulation row of each token.
@@ -152,6 +163,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu_tanh(x @ weight.T + bias)`: x [N, K], weight [M, K], bias [M] -> [N, M]."""
+    return gelu_tanh(F.linear(x, weight, bias))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention of one segment, written out.
 
@@ -171,63 +187,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, key_bias: Tensor | Non
     return out.to(q.dtype), lse
 
 
-def vae_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """RMS norm over the channels, `x / max(|x|, 1e-12) * sqrt(C) * gamma`, rounded once.
-
-    Args:
-        x: [B, C, ...], any float dtype.
-        gamma: C values, [C, 1, ...] with the number of trailing dimensions of `x`.
-
-    Returns: the shape and dtype of `x`.
-    """
-    return _vae_normed(x, gamma).to(x.dtype)
-
-
-def rms_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """`silu(vae_rms_norm(x, gamma))` with one rounding instead of two; shapes as there."""
-    return F.silu(_vae_normed(x, gamma)).to(x.dtype)
-
-
-def _vae_normed(x: Tensor, gamma: Tensor) -> Tensor:
-    wide = x.to(_accumulator(x))
-    length = wide.square().sum(dim=1, keepdim=True).sqrt_().clamp_(min=1e-12)
-    return wide / length * (x.shape[1] ** 0.5 * gamma.to(wide.dtype))
-
-
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]) -> Tensor:
-    """3-D convolution of stride 1: x [B, C, T, H, W], weight [C', C, kt, kh, kw] -> [B, C', T', H', W'].
-
-    On a CPU oneDNN is asked for by name: for few channels PyTorch's own choice is ten times slower.
-    """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, (1, 1, 1), (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, padding=padding)
-
-
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def to_uint8(frames: Tensor) -> Tensor:
-    """Decoded frames as bytes, rounded half to even: [F, 3, H, W] in [-1, 1] -> [F, H, W, 3] uint8.
-
-    Values outside the range are clamped; the arithmetic is float32.
-    """
-    scaled = (frames.float() * 0.5 + 0.5).clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def rgb_to_yuv420(frames: Tensor) -> Tensor:
-    """Decoded frames as planar I420 in BT.709 limited range: [F, 3, H, W] in [-1, 1] -> [F, H*3/2, W] uint8.
-
-    H and W are even. Values outside the range are clamped. Chroma is the mean of each 2x2 block (centre siting); the
-    arithmetic is float32, rounded to nearest. Source: ITU-R BT.709-6, items 3.2 to 3.5.
-    """
-    num_frames, _, height, width = frames.shape
-    red, green, blue = (frames.float() * 0.5 + 0.5).clamp(0, 1).unbind(1)  # (F, H, W) each
-    luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    chroma = torch.stack(((blue - luma) / 1.8556, (red - luma) / 1.5748), dim=1)  # (F, 2, H, W) in [-0.5, 0.5]
-    y = (16 + 219 * luma).round()
-    uv = (128 + 224 * F.avg_pool2d(chroma, 2)).round()
-    flat = torch.cat((y.flatten(1), uv.flatten(1)), dim=1).to(torch.uint8)  # Y, then U, then V plane
-    return flat.view(num_frames, height * 3 // 2, width)

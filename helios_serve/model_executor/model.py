@@ -17,7 +17,7 @@ from helios_serve.model_executor.batch import SamplingRules
 from helios_serve.model_executor.checkpoint import load_module, read_config, resolve_checkpoint
 from helios_serve.model_executor.model_config import CheckpointConfig
 from helios_serve.model_executor.transformer import HeliosTransformer, Shortcuts
-from helios_serve.model_executor.vae import WanVAE
+from helios_serve.model_executor.vae import VaeOptions, VaePrecision, WanVAE
 
 if TYPE_CHECKING:
     from helios_serve.model_executor.text_encoder import TextEncoder
@@ -37,6 +37,7 @@ class Checkpoint:
     dtype: torch.dtype
     offload: Offload
     is_quantized_at_load: bool
+    vae_precision: VaePrecision | None
 
     @property
     def rules(self) -> SamplingRules:
@@ -72,6 +73,7 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
         dtype=_DTYPES[config.dtype],
         offload=config.offload,
         is_quantized_at_load=config.quantize == "fp8",
+        vae_precision=config.vae_precision,
     )
 
 
@@ -93,12 +95,15 @@ def load_transformer(checkpoint: Checkpoint) -> HeliosTransformer:
 
 
 def load_vae(checkpoint: Checkpoint) -> WanVAE:
-    """What the VAE role needs, and the encoder role beside the text encoder; always float32.
+    """What the VAE role needs, and the encoder role beside the text encoder; what encodes is float32.
 
     Raises: CheckpointError for weights that do not fit.
     """
     config, folder = checkpoint.config.vae, checkpoint.path / "vae"
-    return load_module(lambda: WanVAE(config), folder, checkpoint.device, torch.float32)
+    options = VaeOptions.on(checkpoint.device, checkpoint.vae_precision)
+    vae = load_module(lambda: WanVAE(config, options), folder, checkpoint.device, torch.float32)
+    vae.prepare_decoder()
+    return vae
 
 
 def load_text_encoder(checkpoint: Checkpoint) -> TextEncoder:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from helios_serve.errors import CheckpointError
+from helios_serve.model_executor import vae_fused
 from helios_serve.model_executor.json_keys import JsonKeys, require
 from helios_serve.model_executor.vae_layers import (
     CausalConv3d,
@@ -39,6 +40,8 @@ _SERVED: dict[str, object] = {
     "out_channels": _RGB,
 }
 _T = TypeVar("_T")
+
+VaePrecision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,38 @@ class VaeConfig:
                 raise CheckpointError(f"{_FILE}: {key} must be {right}", param=key)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeOptions:
+    """How a VAE decodes; it encodes in the precision of its checkpoint whatever they say.
+
+    precision: fp32 leaves the weights as they were loaded. layout: contiguous takes the reference's operations one by
+    one, channels_last the fused ones. slab_frames: latent frames at a time after the first; None: the whole clip.
+    is_upsample_folded: computes upsamplings on the small grid, with sums of weights; for channels_last only.
+    """
+
+    precision: VaePrecision = "fp32"
+    layout: Literal["contiguous", "channels_last"] = "contiguous"
+    slab_frames: int | None = None
+    is_upsample_folded: bool = False
+
+    def __post_init__(self) -> None:
+        is_plain = self.layout == "contiguous"
+        assert self.precision == "fp32" or not is_plain, "bf16 is computed with channels last"
+        assert not (self.is_upsample_folded and is_plain), "upsamplings are folded with channels last"
+
+    @classmethod
+    def on(cls, device: torch.device, precision: VaePrecision | None = None) -> VaeOptions:
+        """The parity path for fp32, the fast one for bf16; unless asked for, CUDA devices decode in bf16."""
+        chosen = precision or ("bf16" if device.type == "cuda" else "fp32")
+        if chosen == "fp32":
+            return cls()
+        return cls(precision="bf16", layout="channels_last", is_upsample_folded=True)
+
+
+PARITY = VaeOptions()
+"""The reference's operations in float32."""
+
+
 class WanVAE(nn.Module):
     """Encoder and decoder; parameter names and shapes are those of the checkpoint.
 
@@ -120,16 +155,30 @@ class WanVAE(nn.Module):
     depend on earlier frames only, and nothing is kept between calls. `slab_frames` bounds memory: frame 0 goes through
     alone, then that many latent frames at a time; None takes the whole clip at once. The result is the same.
 
-    Works in the dtype of the weights, float32 or bfloat16, which the inputs must have.
+    Works in the dtype of the weights, float32 or bfloat16, which the inputs must have; but options with channels last
+    bring latents to the decoder's own. They take effect with `prepare_decoder`.
     """
 
-    def __init__(self, config: VaeConfig) -> None:
+    def __init__(self, config: VaeConfig, options: VaeOptions = PARITY) -> None:
         super().__init__()
         self.config = config
+        self.options = options
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
+
+    def prepare_decoder(self) -> None:
+        """Brings the decoder's weights to the precision and layout of the options, once, after they were loaded."""
+        if self.options.layout == "contiguous":
+            return
+        loaded = self.post_quant_conv.weight.dtype
+        dtype = torch.bfloat16 if self.options.precision == "bf16" else loaded
+        for layer in self.decoder.modules():
+            if isinstance(layer, Upsample) and self.options.is_upsample_folded:
+                vae_fused.fold(layer, dtype)
+        for part in (self.decoder, self.post_quant_conv):
+            vae_fused.lay_out(part, dtype)
 
     def encode(self, frames: Tensor, slab_frames: int | None = None) -> tuple[Tensor, Tensor]:
         """Parameters of the posterior, not normalised.
@@ -158,13 +207,29 @@ class WanVAE(nn.Module):
 
         Args:
             latents: [B, Z, T, H, W], see `denormalize`.
-            slab_frames: latent frames at a time, see the class.
+            slab_frames: latent frames at a time, see the class; None takes those of the options.
 
         Returns: [B, 3, 1 + 4(T - 1), 8H, 8W], clamped to [-1, 1] (4 and 8: the config's scale factors).
         """
+        length = self.options.slab_frames if slab_frames is None else slab_frames
+        slabs = _slabs(latents.shape[2], length, keeps_sum_order=False)
+        if self.options.layout == "channels_last":
+            return self._decode_fused(latents, slabs)
         x = self.post_quant_conv(latents)
-        slabs = _slabs(latents.shape[2], slab_frames, keeps_sum_order=False)
         return torch.cat([self.decoder(x[:, :, start:end], slab).clamp(-1, 1) for start, end, slab in slabs], dim=2)
+
+    def _decode_fused(self, latents: Tensor, slabs: Iterator[tuple[int, int, Slab]]) -> Tensor:
+        """The result is in channels_last_3d: the frames' pixels lie back to back."""
+        ratio, cell = self.config.scale_factor_temporal, self.config.scale_factor_spatial
+        weight = self.post_quant_conv.weight
+        x = vae_fused.pointwise(self.post_quant_conv, latents.to(weight.dtype, memory_format=vae_fused.LAYOUT))
+        num_clips, _, num_frames, height, width = x.shape
+        shape = (num_clips, _RGB, 1 + ratio * (num_frames - 1), cell * height, cell * width)
+        pixels = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=vae_fused.LAYOUT)
+        for start, end, slab in slabs:
+            first, last = max(0, 1 + ratio * (start - 1)), 1 + ratio * (end - 1)
+            torch.clamp(self.decoder.fused(x[:, :, start:end], slab), -1, 1, out=pixels[:, :, first:last])
+        return pixels
 
     def normalize(self, latents: Tensor) -> Tensor:
         """`(z - mean) * (1 / std)` per channel in the dtype of `latents` [B, Z, T, H, W]: what the transformer sees."""
@@ -239,6 +304,16 @@ class Decoder(nn.Module):
             x = block(x, slab)
         out: Tensor = self.conv_out(self.norm_out(x, slab), slab)
         return out
+
+    def fused(self, x: Tensor, slab: Slab) -> Tensor:
+        """The same with channels last; needs weights in that layout."""
+        x = vae_fused.causal_conv(self.conv_in, x, slab)
+        x = vae_fused.mid_block(self.mid_block, x, slab)
+        for block in self.up_blocks:
+            assert isinstance(block, UpBlock)
+            x = vae_fused.up_block(block, x, slab)
+        out = vae_fused.normed_conv(self.conv_out, self.norm_out, x, slab)
+        return vae_fused.biased(self.conv_out, out)
 
 
 def _slabs(

@@ -111,12 +111,12 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, slab: Slab) -> Tensor:
-        frames = _as_frames(x)
+        frames = as_frames(x)
         # contiguous: fused attention wants the channels of a position side by side
         qkv = self.to_qkv(self.norm(frames, slab)).flatten(2).transpose(1, 2).contiguous()  # (B*T, H*W, 3C)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x + _as_clip(self.proj(attended.transpose(1, 2).reshape(frames.shape)), x.shape[0])
+        return x + as_clip(self.proj(attended.transpose(1, 2).reshape(frames.shape)), x.shape[0])
 
 
 class MidBlock(nn.Module):
@@ -143,7 +143,7 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if halves_frames else None
 
     def forward(self, x: Tensor, slab: Slab) -> Tensor:
-        x = _as_clip(self.resample(_as_frames(x)), x.shape[0])
+        x = as_clip(self.resample(as_frames(x)), x.shape[0])
         return x if self.time_conv is None else self._halve_frames(self.time_conv, x, slab)
 
     @staticmethod
@@ -159,7 +159,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles H and W and halves the channels; optionally doubles the frames after the clip's first one."""
+    """Doubles H and W and halves the channels; optionally doubles the frames after the clip's first one.
+
+    `folded_weight` is made from the weights when the fused decoder folds the upsampling into its convolution.
+    """
 
     def __init__(self, dim: int, doubles_frames: bool) -> None:
         super().__init__()
@@ -167,11 +170,12 @@ class Upsample(nn.Module):
             nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1)
         )
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if doubles_frames else None
+        self.folded_weight: Tensor | None = None
 
     def forward(self, x: Tensor, slab: Slab) -> Tensor:
         if self.time_conv is not None:
             x = self._double_frames(self.time_conv, x, slab)
-        return _as_clip(self.resample(_as_frames(x)), x.shape[0])
+        return as_clip(self.resample(as_frames(x)), x.shape[0])
 
     @staticmethod
     def _double_frames(time_conv: CausalConv3d, x: Tensor, slab: Slab) -> Tensor:
@@ -207,11 +211,11 @@ def _normed(x: Tensor, gamma: Tensor) -> Tensor:
     return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma
 
 
-def _as_frames(x: Tensor) -> Tensor:
+def as_frames(x: Tensor) -> Tensor:
     """[B, C, T, H, W] -> [B*T, C, H, W]; a view in channels_last_3d."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _as_clip(frames: Tensor, num_clips: int) -> Tensor:
+def as_clip(frames: Tensor, num_clips: int) -> Tensor:
     """[B*T, C, H, W] -> [B, C, T, H, W], a view."""
     return frames.unflatten(0, (num_clips, -1)).transpose(1, 2)

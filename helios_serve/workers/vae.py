@@ -1,7 +1,7 @@
 """The VAE role: the latents of a chunk become pixels, and pixels become the chunk's segment.
 
-Knows the VAE's decoder and the segment encoder; keeps nothing between chunks. One thread decodes; another may encode
-what was decoded before.
+Knows the VAE's decoder, the way off the device and the segment encoder; keeps nothing between chunks but memory. One
+thread decodes; another may encode what was decoded before.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 from helios_serve.faults import NO_FAULTS, FaultPlan
-from helios_serve.kernels import rgb_to_yuv420
+from helios_serve.kernels.yuv import rgb_to_yuv420
 from helios_serve.model_executor.digest import latents_digest
 from helios_serve.model_executor.memory import retry_out_of_memory
 from helios_serve.model_executor.vae import WanVAE
 from helios_serve.types import FRAMES_PER_CHUNK, Decoded, DecodeTask, Phase, SamplingParams, Segment
+from helios_serve.workers.copy_out import CopyRing, HostCopy, lane_of
 from helios_serve.workers.segment import SegmentSpec, encode_segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictures:
-    """A decoded chunk off the device, cut to the frames that belong to the video.
+    """A decoded chunk on its way off the device, cut to the frames that belong to the video.
 
-    yuv: [F, H * 3/2, W] uint8. latents: [C, 9, h, w] float32, what they were decoded from.
+    copy: of the frames [F, H * 3/2, W] uint8, and of the latents [C, 9, h, w] float32 that they were decoded from.
     """
 
-    yuv: npt.NDArray[np.uint8]
-    latents: Tensor
+    copy: HostCopy
     phase: Phase
 
 
@@ -46,6 +46,7 @@ class VaeWorker:
         self._vae = vae
         self._faults = faults
         self._weight = next(vae.parameters())
+        self._copies = CopyRing(lane_of(self._weight.device))
 
     def run(self, task: DecodeTask, latents: Tensor) -> Decoded:
         """Both halves of a task, one after the other."""
@@ -53,28 +54,28 @@ class VaeWorker:
 
     @torch.inference_mode()
     def decode_pictures(self, task: DecodeTask, latents: Tensor) -> Pictures:
-        """The half that needs the device: latents [C, 9, h, w] -> YUV pictures in host memory."""
+        """The half that needs the device: latents [C, 9, h, w] -> YUV pictures, made but maybe still on their way."""
         return retry_out_of_memory(lambda: self._decode_pictures(task, latents))
 
     def _decode_pictures(self, task: DecodeTask, latents: Tensor) -> Pictures:
         started_s = time.time()
         self._faults.at("vae.decode", request_id=task.request_id, chunk=task.chunk)
-        yuv = _to_yuv(self.decode(latents), task.chunk, task.params)
-        host = latents.float().cpu()
-        phase = Phase(name="decode", started_s=started_s, ended_s=time.time())
-        return Pictures(yuv=yuv, latents=host, phase=phase)
+        copy = self._copies.start(_to_yuv(self.decode(latents), task.chunk, task.params), latents.float())
+        copy.wait_computed()  # until then the device is this decode's, and a step that it goes before waits
+        return Pictures(copy=copy, phase=Phase(name="decode", started_s=started_s, ended_s=time.time()))
 
     def encode_pictures(self, task: DecodeTask, pictures: Pictures) -> Decoded:
         """The half that needs a processor core: pictures -> segment."""
         started_s = time.time()
-        segment = _segment(pictures.yuv, task.request_id, task.chunk, task.params)
-        digest = latents_digest(pictures.latents)
+        with pictures.copy as (yuv, latents):
+            segment = _segment(yuv.numpy(), task.request_id, task.chunk, task.params)
+            digest = latents_digest(latents)
         phase = Phase(name="mux", started_s=started_s, ended_s=time.time())
         return Decoded(task_id=task.task_id, segment=segment, latents_digest=digest, phases=(pictures.phase, phase))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [C, 9, h, w] -> pixels [33, 3, H, W] in [-1, 1], in the VAE's dtype."""
+        """Normalised latents [C, 9, h, w] -> pixels [33, 3, H, W] in [-1, 1], in the decoder's dtype."""
         own = latents.to(self._weight.device, self._weight.dtype)[None]
         pixels = self._vae.decode(self._vae.denormalize(own))
         return pixels[0].transpose(0, 1)
@@ -82,12 +83,13 @@ class VaeWorker:
     @torch.inference_mode()
     def encode_segment(self, pixels: Tensor, request_id: str, chunk: int, params: SamplingParams) -> Segment:
         """The fMP4 segment of a decoded chunk, cut to the frames that belong to the video (at least one)."""
-        return _segment(_to_yuv(pixels, chunk, params), request_id, chunk, params)
+        with self._copies.start(_to_yuv(pixels, chunk, params)) as (yuv,):
+            return _segment(yuv.numpy(), request_id, chunk, params)
 
 
-def _to_yuv(pixels: Tensor, chunk: int, params: SamplingParams) -> npt.NDArray[np.uint8]:
+def _to_yuv(pixels: Tensor, chunk: int, params: SamplingParams) -> Tensor:
     """The frames that belong to the video, converted on their device."""
-    return rgb_to_yuv420(pixels[: params.frames_in(chunk)]).cpu().numpy()
+    return rgb_to_yuv420(pixels[: params.frames_in(chunk)])
 
 
 def _segment(yuv: npt.NDArray[np.uint8], request_id: str, chunk: int, params: SamplingParams) -> Segment:

@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels_aot.json"
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+INTERLEAVED = {"to_uint8", "rgb_to_yuv420"}
+"""They read pixels of three channels, which lie side by side: no wide loads."""
 GROWTH = 8
 """Registers that a kernel may take beyond what was recorded; more is looked at, and recorded anew."""
 
@@ -25,17 +27,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("aot") / "aot.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "helios_serve.kernels.aot", "--json", str(path)]
-    subprocess.run(command, env=environment, check=True, timeout=300)
+    subprocess.run(command, env=environment, check=True, timeout=600)
     return json.loads(path.read_text())
 
 
 def test_kernels_stay_within_registers_and_shared_memory(compiled: dict[str, Any]) -> None:
-    assert len(compiled["kernels"]) >= 24
+    assert len(compiled["kernels"]) >= 96
     for usage in compiled["kernels"]:
         assert usage["registers"] <= 255, usage
         assert usage["stack_bytes"] == 0, usage
         assert usage["shared_bytes"] <= SHARED_LIMIT_BYTES[usage["capability"]], usage
-        assert usage["wide_loads"] > 0, usage
+        assert usage["wide_loads"] > 0 or usage["kernel"] in INTERLEAVED, usage
 
 
 def test_what_kernels_take_is_what_was_recorded(compiled: dict[str, Any]) -> None:

@@ -1,0 +1,178 @@
+"""What follows a convolution of the VAE: its bias, with a residual in place, or with the way to where the result
+belongs. And the convolution itself, which keeps the channels last.
+
+Kernels address rows of pixels and round as PyTorch's convolution and addition do: the same bits, one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from helios_serve.kernels import reference_vae
+from helios_serve.kernels.launch import Specialisation, accumulator, block_of, jit, operator, tl
+from helios_serve.kernels.vae_norm_silu import rows_of
+
+_NUM_WARPS = 4
+_EXACT = {"enable_fp_fusion": False}
+
+
+@jit
+def _add_bias_kernel(
+    x_ptr,
+    bias_ptr,
+    residual_ptr,
+    num_rows,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    channel = tl.arange(0, BLOCK)[None, :]
+    is_inside = (start + tl.arange(0, ROWS)[:, None] < num_rows) & (channel < C)
+    tile = start * C + (tl.arange(0, ROWS)[:, None] * C + channel)
+    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(WIDE)
+    out = (tl.load(x_ptr + tile, mask=is_inside, other=0.0).to(WIDE) + bias).to(x_ptr.dtype.element_ty)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + tile, mask=is_inside, other=0.0).to(WIDE)
+        out = (out.to(WIDE) + residual).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + tile, out, mask=is_inside)
+
+
+@jit
+def _place_with_bias_kernel(
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    width,
+    x_frame,
+    x_line,
+    x_column,
+    out_frame,
+    out_line,
+    out_column,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    line = tl.program_id(1).to(tl.int64)
+    frame = tl.program_id(2).to(tl.int64)
+    column = start + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    is_inside = (column < width) & (channel < C)
+    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(WIDE)
+    source = x_ptr + (frame * x_frame + line * x_line) + column * x_column + channel
+    out = tl.load(source, mask=is_inside, other=0.0).to(WIDE) + bias
+    target = out_ptr + (frame * out_frame + line * out_line) + column * out_column + channel
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=is_inside)
+
+
+def launch_add_bias(x: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    """`reference.add_bias` by Triton."""
+    assert residual is None or residual.shape == x.shape
+    assert all(one is None or one.is_contiguous() for one in (x, bias, residual))
+    num_rows, channels = x.shape
+    block = block_of(channels)
+    rows = rows_of(block)
+    _add_bias_kernel[(-(-num_rows // rows),)](
+        x,
+        bias,
+        residual,
+        num_rows,
+        C=channels,
+        WIDE=accumulator(x),
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=_NUM_WARPS,
+        **_EXACT,
+    )
+
+
+def launch_place_with_bias(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    """`reference.place_with_bias` by Triton."""
+    assert x.shape == out.shape
+    assert x.stride(-1) == out.stride(-1) == bias.stride(-1) == 1
+    num_frames, height, width, channels = x.shape
+    block = block_of(channels)
+    rows = rows_of(block)
+    _place_with_bias_kernel[(-(-width // rows), height, num_frames)](
+        x,
+        bias,
+        out,
+        width,
+        *x.stride()[:3],
+        *out.stride()[:3],
+        C=channels,
+        WIDE=accumulator(x),
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=_NUM_WARPS,
+        **_EXACT,
+    )
+
+
+def cudnn_convolve(x: Tensor, weight: Tensor, padding: Sequence[int]) -> Tensor:
+    """`reference.convolve` by cuDNN, whose result is in the layout of `x`."""
+    apply = F.conv2d if x.dim() == 4 else F.conv3d
+    return apply(x, weight, None, 1, tuple(padding))
+
+
+def _empty_convolved(x: Tensor, weight: Tensor, padding: Sequence[int]) -> Tensor:
+    grid = [size + 2 * pad - taps + 1 for size, pad, taps in zip(x.shape[2:], padding, weight.shape[2:], strict=True)]
+    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    shape = (x.shape[0], weight.shape[0], *grid)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+add_bias = operator(
+    "vae_add_bias(Tensor(a!) x, Tensor bias, Tensor? residual) -> ()",
+    reference=reference_vae.add_bias,
+    kernel=launch_add_bias,
+    shapes=lambda *_: None,
+)
+place_with_bias = operator(
+    "vae_place_with_bias(Tensor x, Tensor bias, Tensor(a!) out) -> ()",
+    reference=reference_vae.place_with_bias,
+    kernel=launch_place_with_bias,
+    shapes=lambda *_: None,
+)
+convolve = operator(
+    "vae_convolve(Tensor x, Tensor weight, int[] padding) -> Tensor",
+    reference=reference_vae.convolve,
+    kernel=cudnn_convolve,
+    shapes=_empty_convolved,
+)
+
+
+def specialisations(widths: tuple[int, ...]) -> tuple[Specialisation, ...]:
+    """What a decoder with those numbers of channels launches in bfloat16."""
+    made: list[Specialisation] = []
+    for width in widths:
+        block = block_of(width)
+        always = {"C": width, "WIDE": tl.float32, "ROWS": rows_of(block), "BLOCK": block}
+        flat = {"x_ptr": "*bf16", "bias_ptr": "*bf16", "num_rows": "i32"}
+        strides = ("x_frame", "x_line", "x_column", "out_frame", "out_line", "out_column")
+        strided = {"x_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16", "width": "i32"}
+        strided |= dict.fromkeys(strides, "i32")
+        for name, kernel, types, absent in (
+            ("vae_add_bias", _add_bias_kernel, flat, {"residual_ptr": None}),
+            ("vae_add_bias_residual", _add_bias_kernel, {**flat, "residual_ptr": "*bf16"}, {}),
+            ("vae_place_with_bias", _place_with_bias_kernel, strided, {}),
+        ):
+            made.append(
+                Specialisation(
+                    name=f"{name}_{width}",
+                    kernel=kernel,
+                    types=types,
+                    constants={**always, **absent},
+                    num_warps=_NUM_WARPS,
+                    is_contracted=False,
+                )
+            )
+    return tuple(made)

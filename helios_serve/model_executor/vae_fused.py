@@ -1,0 +1,242 @@
+"""The decoder's layers with channels last: the functions of `vae_layers` over the same weights, in fewer passes.
+
+A causal convolution reads a buffer with two spare frames in front, into which the norm before it writes; its bias
+travels with whatever follows. Every result is channels_last_3d: one conversion would undo the gain.
+
+Shape letters: B clips, C channels, T frames, H x W the grid at hand.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from helios_serve.kernels.vae_epilogue import add_bias, convolve, place_with_bias
+from helios_serve.kernels.vae_norm_silu import norm_rows
+from helios_serve.model_executor.vae_layers import (
+    AttentionBlock,
+    CausalConv3d,
+    MidBlock,
+    NormSilu,
+    ResidualBlock,
+    Slab,
+    UpBlock,
+    Upsample,
+    as_clip,
+    as_frames,
+)
+
+L = TypeVar("L", bound=nn.Module)
+
+LAYOUT = torch.channels_last_3d
+_CONTEXT = 2  # frames that a causal convolution looks back at
+
+
+def causal_conv(conv: CausalConv3d, x: Tensor, slab: Slab) -> Tensor:
+    """The layer with its bias: [B, C, T, H, W] -> [B, C', T, H, W]."""
+    return biased(conv, _convolved_copy(conv, x, slab))
+
+
+def biased(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """Adds the bias that a convolution has left out, in place: [B, C', T, H, W]."""
+    add_bias(_pixels(x), _bias(conv), None)
+    return x
+
+
+def normed_conv(conv: CausalConv3d, norm: NormSilu, x: Tensor, slab: Slab, bias: Tensor | None = None) -> Tensor:
+    """`conv` of the norm of `x + bias`, without its own bias: [B, C, T, H, W] -> [B, C', T, H, W]."""
+    frames, left = _frames_of(conv, x, slab)
+    left_rows = None if left is None else _rows(left)
+    norm_rows(_rows(x), norm.gamma.flatten(), bias, left_rows, True, _rows(frames))
+    return _convolved(conv, frames, left, slab)
+
+
+def residual_block(block: ResidualBlock, x: Tensor, slab: Slab) -> Tensor:
+    """The layer of that name."""
+    y = normed_conv(block.conv1, block.norm1, x, slab)
+    y = normed_conv(block.conv2, block.norm2, y, slab, bias=_bias(block.conv1))
+    shortcut = block.conv_shortcut
+    beside = pointwise(shortcut, x) if isinstance(shortcut, nn.Conv3d) else x
+    add_bias(_pixels(y), _bias(block.conv2), _pixels(beside))
+    return y
+
+
+def attention_block(block: AttentionBlock, x: Tensor) -> Tensor:
+    """The layer of that name; its projections are matrix products over pixels."""
+    num_clips, channels, num_frames, height, width = x.shape
+    pixels = _pixels(x)
+    normed = torch.empty_like(pixels)
+    norm_rows(pixels[None], block.norm.gamma.flatten(), None, None, False, normed[None])
+    by_frame = normed.view(num_clips * num_frames, 1, height * width, channels)
+    q, k, v = F.linear(by_frame, block.to_qkv.weight.flatten(1), block.to_qkv.bias).chunk(3, dim=-1)
+    attended = F.scaled_dot_product_attention(q, k, v).reshape(-1, channels)
+    out = F.linear(attended, block.proj.weight.flatten(1))
+    add_bias(out, _bias(block.proj), pixels)
+    return _kept(_clip(out, x))
+
+
+def mid_block(block: MidBlock, x: Tensor, slab: Slab) -> Tensor:
+    """Residual, attention, residual."""
+    first, last = block.resnets
+    (attention,) = block.attentions
+    x = residual_block(_typed(first, ResidualBlock), x, slab)
+    x = attention_block(_typed(attention, AttentionBlock), x)
+    return residual_block(_typed(last, ResidualBlock), x, slab)
+
+
+def up_block(block: UpBlock, x: Tensor, slab: Slab) -> Tensor:
+    """Residual blocks, then an upsampling except at full size."""
+    for resnet in block.resnets:
+        x = residual_block(_typed(resnet, ResidualBlock), x, slab)
+    for layer in block.upsamplers:
+        x = upsample(_typed(layer, Upsample), x, slab)
+    return x
+
+
+def upsample(layer: Upsample, x: Tensor, slab: Slab) -> Tensor:
+    """The layer of that name."""
+    if layer.time_conv is not None:
+        x = double_frames(layer.time_conv, x, slab)
+    conv = _typed(layer.resample[1], nn.Conv2d)
+    if layer.folded_weight is None:
+        large = F.interpolate(as_frames(x), scale_factor=2.0, mode="nearest-exact")
+        return biased(conv, _kept(as_clip(convolve(large, conv.weight, (1, 1)), x.shape[0])))
+    return folded_upsample(x, layer.folded_weight, _bias(conv))
+
+
+def double_frames(time_conv: CausalConv3d, x: Tensor, slab: Slab) -> Tensor:
+    """1 + n frames -> 1 + 2n in the first slab, where frame 0 never meets `time_conv`; then n -> 2n."""
+    num_passed = 1 if slab.is_first else 0
+    if x.shape[2] == num_passed:
+        return x
+    doubled = _convolved_copy(time_conv, x[:, :, num_passed:], slab)
+    out = _empty(x, x.shape[1], num_passed + 2 * doubled.shape[2])
+    out[:, :, :num_passed].copy_(x[:, :, :num_passed])
+    parts = zip(doubled.chunk(2, dim=1), _bias(time_conv).chunk(2), strict=True)
+    for parity, (part, bias) in enumerate(parts):
+        for clip, placed in zip(part, out[:, :, num_passed + parity :: 2], strict=True):
+            place_with_bias(clip.permute(1, 2, 3, 0), bias, placed.permute(1, 2, 3, 0))
+    return _kept(out)
+
+
+def folded_upsample(x: Tensor, folded_weight: Tensor, bias: Tensor) -> Tensor:
+    """Nearest upsampling and a 3x3 convolution: x [B, C, T, H, W], weight of `fold_upsample` -> [B, C', T, 2H, 2W].
+
+    One convolution computes all four phases on the small grid and one line and column more: the window of a phase
+    begins above and left of its pixel, or at it.
+    """
+    num_clips, _, num_frames, height, width = x.shape
+    phases = convolve(as_frames(x), folded_weight, (1, 1)).permute(0, 2, 3, 1)  # (B*T, H + 1, W + 1, 4C')
+    shape = (num_clips * num_frames, 2 * height, 2 * width, len(bias))
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    for index, part in enumerate(phases.chunk(4, dim=3)):
+        lower, right = divmod(index, 2)
+        place_with_bias(part[:, lower : lower + height, right : right + width], bias, out[:, lower::2, right::2])
+    return _kept(as_clip(out.permute(0, 3, 1, 2), num_clips))
+
+
+def fold(layer: Upsample, dtype: torch.dtype) -> None:
+    """Gives a layer its folded weight, from weights in the precision of their checkpoint."""
+    folded = fold_upsample(_typed(layer.resample[1], nn.Conv2d).weight)
+    layer.folded_weight = folded.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def fold_upsample(weight: Tensor) -> Tensor:
+    """The taps of a 3x3 convolution after nearest upsampling, as they meet the small grid.
+
+    Even lines see the line above once and their own twice, odd ones their own twice and the next once; columns
+    likewise. Sums are float32 (float64 for float64 weights).
+
+    Args:
+        weight: [C', C, 3, 3].
+
+    Returns: [4C', C, 2, 2], phases in the order (even, even), (even, odd), (odd, even), (odd, odd) of (line, column).
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    lines = _folded_taps(wide, 2)
+    return torch.cat([taps for line in lines for taps in _folded_taps(line, 3)])
+
+
+def _folded_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    first, middle, last = weight.split(1, dim)
+    return torch.cat((first, middle + last), dim), torch.cat((first + middle, last), dim)
+
+
+def pointwise(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """A 1x1x1 convolution as a matrix product over pixels: [B, C, T, H, W] -> [B, C', T, H, W]."""
+    return _kept(_clip(F.linear(_pixels(x), conv.weight.flatten(1), conv.bias), x))
+
+
+def lay_out(module: nn.Module, dtype: torch.dtype) -> None:
+    """Brings the weights of convolutions to channels last, and all parameters to `dtype`."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            layout = LAYOUT if isinstance(layer, nn.Conv3d) else torch.channels_last
+            layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
+
+
+def _convolved_copy(conv: CausalConv3d, x: Tensor, slab: Slab) -> Tensor:
+    """`conv` without its bias, of an `x` that no norm writes."""
+    frames, left = _frames_of(conv, x, slab)
+    spare = frames[:, :, :_CONTEXT]
+    if left is None:
+        spare.zero_()
+    else:
+        spare.copy_(left)
+    frames[:, :, _CONTEXT:].copy_(x)
+    return _convolved(conv, frames, left, slab)
+
+
+def _frames_of(conv: CausalConv3d, x: Tensor, slab: Slab) -> tuple[Tensor, Tensor | None]:
+    """Room for the context and for x [B, C, T, H, W], and the context, which is None at the start of a clip."""
+    return _empty(x, x.shape[1], _CONTEXT + x.shape[2]), slab.take(conv)
+
+
+def _convolved(conv: CausalConv3d, frames: Tensor, left: Tensor | None, slab: Slab) -> Tensor:
+    """`conv` without its bias over frames [B, C, 2 + T, H, W]; keeps the last two in the memory of `left`."""
+    if not slab.is_last:
+        tail = _empty(frames, frames.shape[1], _CONTEXT) if left is None else left
+        slab.tails[conv] = tail.copy_(frames[:, :, -_CONTEXT:])
+    _, tall, wide = conv.kernel_size
+    return _kept(convolve(frames, conv.weight, (0, tall // 2, wide // 2)))
+
+
+def _empty(like: Tensor, channels: int, num_frames: int) -> Tensor:
+    shape = (like.shape[0], channels, num_frames, *like.shape[3:])
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=LAYOUT)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B, T*H*W, C], a view."""
+    return x.permute(0, 2, 3, 4, 1).view(x.shape[0], -1, x.shape[1])
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B*T*H*W, C], a view."""
+    return x.permute(0, 2, 3, 4, 1).view(-1, x.shape[1])
+
+
+def _clip(pixels: Tensor, like: Tensor) -> Tensor:
+    """[B*T*H*W, C'] -> [B, C', T, H, W], a view; the grid is that of `like`."""
+    num_clips, _, *grid = like.shape
+    return pixels.view(num_clips, *grid, -1).permute(0, 4, 1, 2, 3)
+
+
+def _kept(x: Tensor) -> Tensor:
+    assert x.is_contiguous(memory_format=LAYOUT), f"strides {x.stride()} of {tuple(x.shape)}: channels must be last"
+    return x
+
+
+def _bias(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
+
+
+def _typed(layer: nn.Module, kind: type[L]) -> L:
+    assert isinstance(layer, kind)
+    return layer
