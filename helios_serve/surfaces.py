@@ -41,6 +41,7 @@ from helios_serve.telemetry import Metrics
 from helios_serve.tracing import Tracing
 from helios_serve.types import ModelInfo
 from helios_serve.workers import stills
+from helios_serve.workers.input_segments import input_segments
 from helios_serve.workers.media_sandbox import SandboxDecoder, SandboxLimits
 from helios_serve.workers.segment import progressive_mp4
 
@@ -119,6 +120,7 @@ def _service(parts: Parts, limiter: Limiter) -> VideoService:
         limiter=limiter,
         metrics=parts.metrics,
         config=ServiceConfig(runner=parts.runner),
+        input_segments=input_segments,
     )
 
 

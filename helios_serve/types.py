@@ -110,6 +110,14 @@ class SamplingParams:
         return self.guidance_scale > 1.0
 
     @property
+    def num_zeroed_steps(self) -> int:
+        """At most how many steps at the start of a chunk's first stage take zero flow, and so no forward.
+
+        The reference zeroes one step more than `zero_steps` says.
+        """
+        return self.zero_steps + 1 if self.use_zero_init and self.uses_guidance else 0
+
+    @property
     def num_output_frames(self) -> int:
         """Pixel frames of the finished video under `frame_policy`."""
         whole = FRAMES_PER_CHUNK * self.num_chunks
@@ -287,7 +295,9 @@ class Resume:
     """Where a request goes on that was begun before, by another engine or another request.
 
     records: of the last chunks that the history reaches, the pinned one and those in `undecoded`. generator_state:
-    before `next_chunk`. undecoded: earlier chunks whose segments are still to be made; all others have theirs.
+    before `next_chunk`; empty where nothing was made yet although there are chunks: they are its caller's own, and
+    `next_chunk` begins from what the encoder leaves. undecoded: earlier chunks whose segments are still to be made; all
+    others have theirs.
     """
 
     next_chunk: int

@@ -80,7 +80,23 @@ def parse_generation(
         InvalidRequestError: anything that cannot be served as written, with `param` as the client named the field.
         NotFoundError: another model was asked for.
     """
-    named = read_body(body)
+    return parse_named(read_body(body), model, media, limits, is_live=is_live)
+
+
+def parse_named(
+    named: NamedBody,
+    model: ModelInfo,
+    media: Media,
+    limits: Limits,
+    *,
+    is_live: bool = False,
+    video: bytes | None = None,
+) -> ParsedRequest:
+    """`parse_generation` of a body whose fields are read.
+
+    Args:
+        video: what `media_input.read_video` gave, if it has been called.
+    """
     fields = named.fields
     warnings: Warnings = []
     check_model(named.fields.model, model, limits)
@@ -113,7 +129,7 @@ def parse_generation(
         params=params,
         negative_prompt="" if fields.negative_prompt is None else fields.negative_prompt,
         image=load_image(named, params, media, image),
-        video=load_video(named, params, media),
+        video=load_video(named, params, media, video),
         service_class=shape.service_class,
         priority=fields.priority,
         is_strict=fields.helios.reproducible == "strict",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from helios_serve.api import schemas
 from helios_serve.api.auth import Caller
 from helios_serve.api.content import whole_video
 from helios_serve.api.convert import ParsedRequest
-from helios_serve.api.extension import parse_extension, parse_remix
+from helios_serve.api.extension import Look, own_video, parse_extension, parse_remix
 from helios_serve.api.forms import FORM_TYPE
 from helios_serve.api.http_request import origin_of, preferred_wait_s, read_timeout_s, wants_mp4
 from helios_serve.api.jobs import Created, Job, StoredVideo, generation_object, video_object
@@ -35,7 +35,7 @@ _EXAMPLE = {"prompt": "A lighthouse in a storm, waves breaking over the rocks", 
 def add_generation_routes(app: FastAPI, desk: Desk) -> None:
     """Registers the routes; before any that match `/v1/videos/{id}`."""
     routes = _Routes(desk)
-    body = {"requestBody": _request_body("GenerationBody", _EXAMPLE)}
+    body = {"requestBody": _request_body(_EXAMPLE, "GenerationBody")}
     errors = error_answers(400, 404, 406, 413, 415, 422, 500, 503, 504, 507)
     answers: dict[int | str, dict[str, Any]] = {
         200: {"content": {"video/mp4": {}, "text/event-stream": {}}},
@@ -67,10 +67,10 @@ def add_generation_routes(app: FastAPI, desk: Desk) -> None:
         f"{VIDEOS}/extensions",
         routes.extend,
         methods=["POST"],
-        summary="Continue a finished video",
+        summary="Continue a video",
         response_model=schemas.Video,
         responses={**errors, **error_answers(409, 501)},
-        openapi_extra={"requestBody": _request_body("ExtensionBody", None)},
+        openapi_extra={"requestBody": _request_body(None, "ExtensionBody", "InputExtensionBody")},
     )
     app.add_api_route(
         f"{VIDEOS}/{{video_id}}/remix",
@@ -79,7 +79,7 @@ def add_generation_routes(app: FastAPI, desk: Desk) -> None:
         summary="Make a video again under another prompt",
         response_model=schemas.Video,
         responses={**errors, **error_answers(409)},
-        openapi_extra={"requestBody": _request_body("RemixBody", None)},
+        openapi_extra={"requestBody": _request_body(None, "RemixBody")},
     )
     for path, methods in (
         ("edits", ["POST"]),
@@ -185,8 +185,7 @@ class _Routes:
         """A job, answered at once; the SDK wants 200."""
         caller = await self._desk.access.caller(request, "generate")
         parsed = await self._desk.parsed(await self._desk.body(request), caller)
-        if parsed.stream:
-            raise InvalidRequestError(f"stream: only at {GENERATIONS}; watch a job at its events", param="stream")
+        _check_no_stream(parsed)
         created = await self._service.create(caller, parsed, origin_of(request, "create"))
         return self._desk.video(request, created.job, _created_headers(created))
 
@@ -198,10 +197,23 @@ class _Routes:
 
     async def extend(self, request: Request) -> Response:
         caller = await self._desk.access.caller(request, "generate")
-        body = await self._desk.body(request)
-        video_id, extension = parse_extension(body, self._service.model, self._desk.settings.limits)
-        created = await self._service.extend(caller, video_id, extension, origin_of(request, "extend"))
+        body, origin = await self._desk.body(request), origin_of(request, "extend")
+        if await self._continues_own(caller, body):
+            video_id, own = parse_extension(body, self._service.model, self._desk.settings.limits)
+            created = await self._service.extend(caller, video_id, own, origin)
+        else:
+            extension = await self._desk.parsed_input_extension(body, caller)
+            _check_no_stream(extension.parsed)
+            created = await self._service.extend_input(caller, extension, origin)
         return self._desk.video(request, created.job, _created_headers(created))
+
+    async def _continues_own(self, caller: Caller, body: Mapping[str, object]) -> bool:
+        """Whether an extension goes on with a video of this server as it is, without decoding it."""
+        named = own_video(body)
+        if named is None:
+            return False
+        video_id, look = named
+        return look == Look() or look.fits((await self._service.get(caller, video_id)).request.params)
 
     async def _item(
         self, request: Request, job: Job, video: StoredVideo, parsed: ParsedRequest
@@ -212,6 +224,11 @@ class _Routes:
         data = b"".join([piece async for piece in self._service.read(video)])
         text = await asyncio.to_thread(lambda: base64.b64encode(data).decode())
         return schemas.GenerationItem(url=None, b64_json=text, revised_prompt=None)
+
+
+def _check_no_stream(parsed: ParsedRequest) -> None:
+    if parsed.stream:
+        raise InvalidRequestError(f"stream: only at {GENERATIONS}; watch a job at its events", param="stream")
 
 
 async def _attached(
@@ -254,8 +271,9 @@ def _mp4_headers(job: Job) -> dict[str, str]:
     }
 
 
-def _request_body(name: str, example: dict[str, Any] | None) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{name}"}
+def _request_body(example: dict[str, Any] | None, *names: str) -> dict[str, Any]:
+    schemas_of = [{"$ref": f"#/components/schemas/{name}"} for name in names]
+    schema: dict[str, Any] = schemas_of[0] if len(names) == 1 else {"anyOf": schemas_of}
     json_type: dict[str, Any] = {"schema": schema}
     if example is not None:
         json_type["example"] = example

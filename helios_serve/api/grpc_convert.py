@@ -12,13 +12,12 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
 
-from helios_serve.api.auth import Caller, require
 from helios_serve.api.jobs import Page, State
 from helios_serve.api.proto.helios.video.v1 import video_generation_pb2 as pb
 from helios_serve.api.schemas import UploadedMedia
 from helios_serve.api.session import Action
 from helios_serve.api.video_files import Still
-from helios_serve.errors import HeliosError, InvalidRequestError, UnsupportedOperationError
+from helios_serve.errors import HeliosError, InvalidRequestError
 
 STATUSES: dict[State, pb.VideoStatus] = {
     "queued": pb.VIDEO_STATUS_QUEUED,
@@ -55,7 +54,7 @@ _PATHS = {
 
 
 def generation_body(spec: pb.VideoSpec) -> dict[str, object]:
-    """The JSON form of a request. To be called under `named_as_in_proto`, as `check_container` is.
+    """The JSON form of a request. To be called under `named_as_in_proto`.
 
     Raises: InvalidRequestError for what the JSON form has no words for: a number that an enum does not have, a medium
     without a source.
@@ -77,19 +76,6 @@ def generation_body(spec: pb.VideoSpec) -> dict[str, object]:
     return body
 
 
-def check_container(spec: pb.VideoSpec, caller: Caller) -> None:
-    """Raises ScopeError and UnsupportedOperationError for raw frames, InvalidRequestError for no container at all."""
-    container = spec.output.container
-    if container in (pb.CONTAINER_RAW_RGB24, pb.CONTAINER_RAW_YUV420P):
-        require(caller, "raw")
-        raise UnsupportedOperationError(
-            f"container {pb.Container.Name(container)}: this server sends encoded segments only; use CONTAINER_FMP4",
-            param="output.container",
-        )
-    if container not in (pb.CONTAINER_UNSPECIFIED, pb.CONTAINER_FMP4):
-        raise _unknown("output.container", container, pb.Container)
-
-
 def seconds_of(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
 
@@ -109,7 +95,7 @@ def page_of(request: pb.ListVideosRequest) -> Page:
     names = {number: state for state, number in STATUSES.items()}
     for index, number in enumerate(request.statuses):
         if number not in names:
-            raise _unknown(f"statuses[{index}]", number, pb.VideoStatus)
+            raise unknown_value(f"statuses[{index}]", number, pb.VideoStatus)
     return Page(
         limit=request.page_size or 20,
         after=request.page_token or None,
@@ -121,14 +107,14 @@ def page_of(request: pb.ListVideosRequest) -> Page:
 def still_of(variant: int) -> Still | None:
     """The picture that is asked for; None for the video. Raises InvalidRequestError."""
     if variant not in _STILLS:
-        raise _unknown("variant", variant, pb.Variant)
+        raise unknown_value("variant", variant, pb.Variant)
     return _STILLS[variant]
 
 
 def action_of(action: int) -> Action:
     """Raises InvalidRequestError."""
     if action not in _ACTIONS:
-        raise _unknown("control.action", action, pb.Action)
+        raise unknown_value("control.action", action, pb.Action)
     return _ACTIONS[action]
 
 
@@ -259,7 +245,7 @@ def _output(output: pb.OutputOptions) -> Mapping[str, object]:
 def _enum_word(param: str, number: int, kind: EnumTypeWrapper) -> str:
     """FRAME_POLICY_PAD -> pad."""
     if number not in kind.values():
-        raise _unknown(param, number, kind)
+        raise unknown_value(param, number, kind)
     prefix = kind.Name(0).removesuffix("UNSPECIFIED")
     return kind.Name(number).removeprefix(prefix).lower()
 
@@ -274,6 +260,7 @@ def _shortest(value: float) -> float:
     return value
 
 
-def _unknown(param: str, number: int, kind: EnumTypeWrapper) -> InvalidRequestError:
+def unknown_value(param: str, number: int, kind: EnumTypeWrapper) -> InvalidRequestError:
+    """A number that the enumeration does not have."""
     names = ", ".join(name for name, value in kind.items() if value != 0)
     return InvalidRequestError(f"{param} {number}: must be one of {names}", param=param)

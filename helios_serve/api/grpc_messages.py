@@ -107,9 +107,10 @@ def model_message(item: schemas.ModelItem) -> pb.Model:
 
 class Opening:
     """What a viewer is told before anything else, and again when the init segment is there, which is made with the
-    first segment. `init_segment`s and data of segments, joined in order, are a valid MP4."""
+    first segment. `init_segment`s and data of segments, joined in order, are a valid MP4, unless these are pictures."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_raw: bool = False) -> None:
+        self._is_raw = is_raw
         self._init: bytes | None = None
 
     def due(self, job: Job, generated_fps: float, init: bytes = b"") -> Iterator[pb.Accepted]:
@@ -120,7 +121,7 @@ class Opening:
         pacing = session_pacing(job, generated_fps)
         yield pb.Accepted(
             video=video_message(job),
-            mime_type=mime_type_of(init) if init else job.mime_type,
+            mime_type=None if self._is_raw else mime_type_of(init) if init else job.mime_type,
             init_segment=init,
             recommended_preroll_seconds=pacing["recommended_preroll_seconds"],
             recommended_playback_rate=pacing["recommended_playback_rate"],

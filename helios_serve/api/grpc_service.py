@@ -18,7 +18,6 @@ from helios_serve.api.convert import Limits, ParsedRequest
 from helios_serve.api.extension import parse_extension, parse_remix
 from helios_serve.api.grpc_boundary import Call, Method, StreamMethod, UnaryMethod, undone_if_left
 from helios_serve.api.grpc_convert import (
-    check_container,
     check_nothing_beside,
     generation_body,
     named,
@@ -35,11 +34,13 @@ from helios_serve.api.grpc_messages import (
     video_message,
     videos_that_fit,
 )
+from helios_serve.api.grpc_output import Output, output_of
 from helios_serve.api.jobs import Created, Job, JobProgress, JobSegment, Origin, model_object
 from helios_serve.api.limits import Limiter
 from helios_serve.api.proto.helios.video.v1 import video_generation_pb2 as pb
 from helios_serve.api.sampling import ParameterWarning
 from helios_serve.api.service import VideoService
+from helios_serve.api.sub_segments import WHEN_SENT
 from helios_serve.errors import HeliosError, InvalidRequestError
 
 PIECE_BYTES = 768 << 10
@@ -72,13 +73,22 @@ class GrpcDesk:
         self, call: Call, spec: pb.VideoSpec, more: Mapping[str, object], *, is_live: bool
     ) -> ParsedRequest:
         """A request, validated. Raises: InvalidRequestError, NotFoundError; ScopeError for raw frames."""
-        check_container(spec, call.caller)
+        output_of(spec.output, call.caller)
         parse = self.parsed_live if is_live else self.parsed
         parsed = await parse({**generation_body(spec), **more}, call.caller)
         if not spec.output.sub_chunks:
             return parsed
-        told = ParameterWarning(param="spec.output.sub_chunks", message="no effect: each segment comes whole")
+        told = ParameterWarning(param="spec.output.sub_chunks", message=WHEN_SENT)
         return replace(parsed, warnings=(*parsed.warnings, told))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _View:
+    """What a viewer wants of a job: segments from `start` on, if they are `is_inline`."""
+
+    start: int = 0
+    is_inline: bool
+    output: Output = field(default_factory=Output)
 
 
 class GrpcMethods:
@@ -114,7 +124,8 @@ class GrpcMethods:
             async with self._service.attach(job.id) as attachment:
                 if request.detach or created.is_replayed:
                     attachment.keep()
-                events = self._told(pb.GenerateResponse, call, job, 0, is_inline=is_inline)
+                view = _View(is_inline=is_inline, output=output_of(request.spec.output, call.caller))
+                events = self._told(pb.GenerateResponse, call, job, view)
                 try:
                     async with aclosing(events):
                         async for event in events:
@@ -146,28 +157,29 @@ class GrpcMethods:
                     f"from_segment {request.from_segment}: the video has {job.num_chunks} segments, from 0",
                     param="from_segment",
                 )
-            events = self._told(pb.WatchVideoResponse, call, job, request.from_segment, is_inline=is_inline)
+            view = _View(start=request.from_segment, is_inline=is_inline)
+            events = self._told(pb.WatchVideoResponse, call, job, view)
             async with aclosing(events):
                 async for event in events:
                     yield event
 
-    async def _told(
-        self, kind: type[Viewed], call: Call, job: Job, start: int, *, is_inline: bool
-    ) -> AsyncGenerator[Viewed, None]:
+    async def _told(self, kind: type[Viewed], call: Call, job: Job, view: _View) -> AsyncGenerator[Viewed, None]:
         """A job's events. Segments are read from the store as fast as the client takes them."""
-        opening, fps = Opening(), self._service.generated_fps(job.request.params)
-        if not is_inline or job.chunks_done <= start:
+        opening = Opening(is_raw=view.output.pixels is not None)
+        fps = self._service.generated_fps(job.request.params)
+        if not view.is_inline or job.chunks_done <= view.start:
             for accepted in opening.due(job, fps):
                 yield kind(accepted=accepted)
-        async with aclosing(self._service.watch(call.caller, job.id, start)) as events:
+        async with aclosing(self._service.watch(call.caller, job.id, view.start)) as events:
             async for event in events:
                 if isinstance(event, JobSegment):
-                    if not is_inline:
+                    if not view.is_inline:
                         continue
-                    for accepted in opening.due(job, fps, event.init):
-                        yield kind(accepted=accepted)
-                    for part in segment_messages(event):
-                        yield kind(segment=part)
+                    for fragment in await view.output.fragments(event, self._service.raw):
+                        for accepted in opening.due(job, fps, fragment.init):
+                            yield kind(accepted=accepted)
+                        for part in segment_messages(fragment):
+                            yield kind(segment=part)
                     continue
                 job = event.job
                 for accepted in opening.due(job, fps):
@@ -230,6 +242,11 @@ class GrpcMethods:
                     more["webhook_url"] = request.webhook_url
                 if request.HasField("expires_after"):
                     more["expires_after"] = whole_seconds_of(request.expires_after, "expires_after")
+                if output_of(request.spec.output, call.caller).pixels is not None:
+                    raise InvalidRequestError(
+                        "output.container: a stored video is an MP4; raw frames come with Generate and Session",
+                        param="output.container",
+                    )
                 parsed = await self._desk.parsed_spec(call, request.spec, more, is_live=False)
                 created = await self._service.create(call.caller, parsed, _origin(call, "create"))
         return pb.CreateVideoResponse(video=self._desk.video(created.job))

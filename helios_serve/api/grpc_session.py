@@ -23,6 +23,7 @@ from helios_serve.api.grpc_messages import (
     segment_messages,
     state_message,
 )
+from helios_serve.api.grpc_output import Output, output_of
 from helios_serve.api.grpc_service import GrpcDesk
 from helios_serve.api.intake import draining
 from helios_serve.api.jobs import JobEnded, JobProgress, JobSegment
@@ -70,7 +71,7 @@ class GrpcSessions:
         start = await self._start(requests)
         with named_as_in_proto("start.spec"):
             session = await self._opened(start, call)
-        conversation = _Conversation(self._desk, call, session)
+        conversation = _Conversation(self._desk, call, session, output_of(start.spec.output, call.caller))
         self._open.add(conversation)
         try:
             async with aclosing(conversation.run(requests)) as responses:
@@ -127,13 +128,14 @@ class GrpcSessions:
 class _Conversation:
     """One call's connection to one session, from `started` on."""
 
-    def __init__(self, desk: GrpcDesk, call: Call, session: Session) -> None:
+    def __init__(self, desk: GrpcDesk, call: Call, session: Session, output: Output) -> None:
         self._desk = desk
+        self._output = output
         self._call = call
         self._session = session
         self._job = session.job
         self._fps = desk.service.generated_fps(session.job.request.params)
-        self._opening = Opening()
+        self._opening = Opening(is_raw=output.pixels is not None)
         self._outbox = _Outbox()
         self._receipts = asyncio.Lock()  # prompt_queued is told before prompt_applied
         self._last_segment = session.first_segment - 1
@@ -205,9 +207,10 @@ class _Conversation:
         match event:
             case JobSegment():
                 self._is_caught_up.clear()
-                await self._open_with(event.init)
-                for part in segment_messages(event):
-                    await self._outbox.put(pb.SessionResponse(segment=part))
+                for fragment in await self._output.fragments(event, self._desk.service.raw):
+                    await self._open_with(fragment.init)
+                    for part in segment_messages(fragment):
+                        await self._outbox.put(pb.SessionResponse(segment=part))
                 self._last_segment = event.index
             case JobProgress():
                 self._job = event.job

@@ -19,7 +19,7 @@ from helios_serve.api import schemas
 from helios_serve.api.auth import AccessError, OriginPolicy
 from helios_serve.api.content import RangeNotSatisfiableError
 from helios_serve.api.cors import Cors
-from helios_serve.api.extension import ExtensionBody, RemixBody
+from helios_serve.api.extension import ExtensionBody, InputExtensionBody, RemixBody
 from helios_serve.api.file_routes import FILES, file_router
 from helios_serve.api.files import FileService
 from helios_serve.api.generation_routes import SYNC, add_generation_routes
@@ -135,7 +135,7 @@ class _HeliosApp(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()
-        for body in (schemas.GenerationBody, ExtensionBody, RemixBody):
+        for body in (schemas.GenerationBody, ExtensionBody, InputExtensionBody, RemixBody):
             document["components"]["schemas"].update(_body_schemas(body))
         return document
 

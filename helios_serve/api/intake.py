@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from helios_serve.api.auth import Caller
@@ -18,12 +18,23 @@ from helios_serve.api.job_spec import JobSpec, pictures_record, read_spec, spec_
 from helios_serve.api.job_view import JobViews
 from helios_serve.api.jobs import Created, Job, Origin
 from helios_serve.api.limits import JobAsk, Limiter, Usage, check_job
-from helios_serve.errors import CapacityError, ConflictError, HeliosError, InvalidRequestError, QuotaError
+from helios_serve.errors import (
+    CapacityError,
+    ConflictError,
+    HeliosError,
+    InvalidRequestError,
+    QuotaError,
+    UnsupportedOperationError,
+)
 from helios_serve.store import records
 from helios_serve.store.connect import Stores
-from helios_serve.types import FRAMES_PER_CHUNK, PromptChange, VideoRequest
+from helios_serve.types import FRAMES_PER_CHUNK, Frames, PromptChange, SamplingParams, VideoRequest
 
 DEFAULT_TTL_S = 86_400.0
+MAX_ENCODING = 2
+"""Videos of callers' own that are encoded at once; each takes a processor core."""
+DEFAULT_ADDED_S = 5.5
+"""What is added to a video that is extended, in seconds, when nothing is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +50,33 @@ class Extension:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputExtension:
+    """A video of its caller's own, in `parsed`, of which `num_given` whole chunks begin the video that continues it.
+
+    parsed: the request for the whole video. num_left_out: frames of the input before those chunks. extended_from: the
+    job that made the input, if one did.
+    """
+
+    parsed: ParsedRequest
+    num_given: int
+    num_left_out: int
+    extended_from: str | None
+
+
+InputSegments = Callable[[Frames, SamplingParams], tuple[bytes, Sequence[bytes]]]
+"""(frames, parameters) -> the init and the media of their last whole chunks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IntakeConfig:
     """model: the served name. ttl_s: how long a video lives after its end, unless its request says otherwise.
-    start_in_s: seconds until a request would start if it were taken now; by default nothing waits."""
+    start_in_s: seconds until a request would start if it were taken now; by default nothing waits. input_segments:
+    encodes the beginning of a video that continues one of its caller's own; None for a server that takes none."""
 
     model: str
     ttl_s: float = DEFAULT_TTL_S
     start_in_s: Callable[[VideoRequest], float] = lambda _: 0.0
+    input_segments: InputSegments | None = None
 
 
 class Intake:
@@ -62,6 +93,7 @@ class Intake:
         self._config = config
         self._limiter = limiter
         self._creating = asyncio.Lock()
+        self._encoding = asyncio.Semaphore(MAX_ENCODING)
 
     async def create(self, caller: Caller, parsed: ParsedRequest, origin: Origin) -> Created:
         """Accepts a job: when this returns it is durable, and a restart goes on with it.
@@ -79,6 +111,8 @@ class Intake:
         """
         old = await self._stores.jobs.get(caller.tenant, video_id)
         spec = read_spec(old)
+        if spec.num_given and old.state != "finished":
+            raise ConflictError(f"video {old.id}: it continues another video, and can be remixed when it is finished")
         if spec.task != "t2v" and (old.seed_blob is None or old.seed_rng is None):
             raise ConflictError(f"video {old.id}: its pictures are not kept any more; send them with a new request")
         spec = replace(
@@ -86,12 +120,15 @@ class Intake:
             prompts=(PromptChange(chunk=0, prompt=prompt),),
             remixed_from=old.id,
             extended_from=None,
-            num_inherited=0,
+            num_inherited=spec.num_given,
             max_running_jobs=_max_running(caller),
         )
         parsed = _parsed_again(spec, old)
-        new = await self._new_job(caller, parsed, spec, origin)
-        return await self._accept(caller, parsed, replace(new, seed_blob=old.seed_blob, seed_rng=old.seed_rng), origin)
+        new = replace(await self._new_job(caller, parsed, spec, origin), seed_blob=old.seed_blob, seed_rng=old.seed_rng)
+        if spec.num_given:
+            given = records.Source(job_id=old.id, num_chunks=spec.num_given, num_segments=spec.num_given)
+            new = replace(new, source=given)
+        return await self._accept(caller, parsed, new, origin)
 
     async def extend(self, caller: Caller, video_id: str, extension: Extension, origin: Origin) -> Created:
         """A new job that continues a finished one: its latents are the history, its segments are kept as they are.
@@ -135,6 +172,30 @@ class Intake:
         num_whole = sum(params.frames_in(chunk) == read_spec(old).params.frames_in(chunk) for chunk in range(first))
         source = records.Source(job_id=old.id, num_chunks=first, num_segments=num_whole)
         return await self._accept(caller, parsed, replace(new, source=source), origin)
+
+    async def extend_input(self, caller: Caller, extension: InputExtension, origin: Origin) -> Created:
+        """A new job that begins with a video of its caller's own and continues it.
+
+        Raises: as `create`; UnsupportedOperationError when this server encodes no such video.
+        """
+        parsed, encode = extension.parsed, self._config.input_segments
+        request = parsed.request
+        assert request.video is not None
+        if encode is None:
+            raise UnsupportedOperationError("video: only an own finished video can be extended here", param="video")
+        spec = replace(
+            spec_from(parsed, self._config.model, _max_running(caller)),
+            extended_from=extension.extended_from,
+            num_inherited=extension.num_given,
+            num_given=extension.num_given,
+            num_left_out=extension.num_left_out,
+        )
+        new = await self._new_job(caller, parsed, spec, origin)
+        async with self._encoding:
+            init, media = await asyncio.to_thread(encode, request.video, request.params)
+        put = self._stores.blobs.put
+        given = records.Given(init=await put(init), segments=tuple([await put(segment) for segment in media]))
+        return await self._accept(caller, parsed, replace(new, given=given), origin)
 
     async def begin_session(self, caller: Caller, parsed: ParsedRequest, max_ahead: int | None) -> Job:
         """An interactive job; it makes no chunk before a session gives it credit. Raises: as `create`."""
@@ -253,7 +314,7 @@ def _added_frames(extension: Extension, fps: float) -> int:
     if extension.num_frames is not None:
         added, param, given = extension.num_frames, "num_frames", f"{extension.num_frames}"
     else:
-        seconds = 5.5 if extension.seconds is None else extension.seconds
+        seconds = DEFAULT_ADDED_S if extension.seconds is None else extension.seconds
         added, param, given = round(seconds * fps), "seconds", f"{seconds:g}"
     if added < 1:
         raise InvalidRequestError(f"{param} {given}: must add at least one frame", param=param)

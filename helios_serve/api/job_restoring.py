@@ -58,13 +58,15 @@ class JobRestorer:
         if point.next_chunk == 0:
             return request, Resume(next_chunk=0, records=(), generator_state=b"", is_suspect=job.is_suspect)
         pinned = () if point.pinned is None else (point.pinned,)
-        needed = {chunk.idx: chunk for chunk in (*point.undecoded, *point.trail, *pinned)}
+        seen = [chunk for chunk in point.trail if chunk.idx >= request.params.start_of(point.next_chunk)]
+        needed = {chunk.idx: chunk for chunk in (*point.undecoded, *seen, *pinned)}
         records = tuple([await self._record(job, chunk) for chunk in needed.values()])
-        assert point.rng is not None
+        is_given = point.next_chunk == live.spec.num_given
+        assert point.rng is not None or is_given
         return request, Resume(
             next_chunk=point.next_chunk,
             records=records,
-            generator_state=point.rng,
+            generator_state=b"" if point.rng is None else point.rng,
             undecoded=tuple(chunk.idx for chunk in point.undecoded),
             is_suspect=job.is_suspect,
         )

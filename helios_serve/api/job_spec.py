@@ -54,7 +54,11 @@ class JobSpec:
     remixed_from: str | None = None
     extended_from: str | None = None
     num_inherited: int = 0
-    """Chunks that an extension took over from its source."""
+    """Chunks that an extension took over from its source, or that are of its caller's own video."""
+    num_given: int = 0
+    """Those that are of its caller's own video: shown, and never made."""
+    num_left_out: int = 0
+    """Frames of that video before the first of them."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -114,8 +118,13 @@ def spec_hash(spec: JobSpec, parsed: ParsedRequest) -> str:
     body = spec.to_json()
     for name in ("warnings", "max_running_jobs"):
         del body[name]
+    for name in ("num_given", "num_left_out"):  # other videos keep the hash that they had without these fields
+        if body[name] == 0:
+            del body[name]
     if not parsed.has_seed:
         del body["params"]["seed"]
+        for restart in body["params"]["restarts"]:  # where a video of the caller's own ends
+            del restart["seed"]
     pictures = parsed.request.image or parsed.request.video
     body["pictures"] = None if pictures is None else hashlib.sha256(pictures.data).hexdigest()
     body["service_class"] = parsed.request.service_class

@@ -206,6 +206,7 @@ class JobViews:
             remixed_from=spec.remixed_from,
             extended_from=spec.extended_from,
             mime_type=None if row.init_blob is None or row.is_expired else mime_type_of(await self._init(row)),
+            continued_frames=_continued(spec),
         )
 
     def _queue_position(self, live: LiveJob | None) -> int | None:
@@ -213,6 +214,11 @@ class JobViews:
         if live is None:
             return None
         return sum(not other.has_started and other.seq < live.seq for other in self._runner.jobs)
+
+
+def _continued(spec: JobSpec) -> range | None:
+    first = spec.num_left_out
+    return range(first, first + FRAMES_PER_CHUNK * spec.num_given) if spec.num_given else None
 
 
 def _progress(state: State, standing: records.Standing, num_chunks: int, live: LiveJob | None) -> int:

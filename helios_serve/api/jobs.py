@@ -38,7 +38,7 @@ class Job:
 
     request: without pictures. with_segments: its events carry the segments, not progress alone. chunks_done: segments 0
     to `chunks_done` - 1 can be read. num_chunks, num_frames: of the result; of an open-ended session that still runs,
-    bounds. Times in seconds of the Unix epoch.
+    bounds. continued_frames: of its caller's own video, those that begin this one. Times in seconds of the Unix epoch.
     """
 
     id: str
@@ -65,6 +65,7 @@ class Job:
     remixed_from: str | None
     extended_from: str | None
     mime_type: str | None
+    continued_frames: range | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -200,6 +201,7 @@ def video_object(job: Job, links: Links) -> schemas.Video:
             user=job.user,
             metadata=None if job.metadata is None else dict(job.metadata),
             extended_from_video_id=job.extended_from,
+            continued_frames=_continued(job),
         ),
     )
 
@@ -272,6 +274,11 @@ def generation_usage(job: Job) -> schemas.Usage:
         video_seconds=round(job.num_frames / job.request.params.fps, 3),
         gpu_seconds=round(job.timing.device_ms / 1000, 3),
     )
+
+
+def _continued(job: Job) -> schemas.ContinuedFrames | None:
+    frames = job.continued_frames
+    return None if frames is None else schemas.ContinuedFrames(first=frames[0], last=frames[-1])
 
 
 def _timing(job: Job) -> schemas.Timing:

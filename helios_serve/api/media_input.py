@@ -46,6 +46,10 @@ class MediaDecoder(Protocol):
         """(width, height) of an image as it is shown."""
         ...
 
+    def video_look(self, data: bytes) -> tuple[int, int, float]:
+        """(width, height, frames per second) of the first video stream; 0 where the rate is not known."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Media:
@@ -143,8 +147,12 @@ def load_image(named: NamedBody, params: SamplingParams, media: Media, data: byt
         return media.decoder.decode_image(data, params.width, params.height, params.image_fit)
 
 
-def load_video(named: NamedBody, params: SamplingParams, media: Media) -> Frames | None:
-    """The video of the request as 33 to 1,452 uint8 frames of the output's size, or None."""
+def read_video(named: NamedBody, media: Media) -> bytes | None:
+    """The file of the request's video, not looked into, or None.
+
+    Raises:
+        InvalidRequestError: named in no way or in two, or too large; and whatever the source raises.
+    """
     reference = named.fields.video
     if reference is None:
         return None
@@ -154,7 +162,28 @@ def load_video(named: NamedBody, params: SamplingParams, media: Media) -> Frames
         "file_id": (reference.file_id, media.files),
         "id": (reference.id, media.videos),
     }
-    data = _read(_only_one(sources, param), param, MAX_VIDEO_BYTES)
+    return _read(_only_one(sources, param), param, MAX_VIDEO_BYTES)
+
+
+def video_look(data: bytes, named: NamedBody, media: Media) -> tuple[int, int, float]:
+    """(width, height, frames per second) of the video that `read_video` gave; 0 where the rate is not known.
+
+    Raises InvalidRequestError, `media_invalid`.
+    """
+    with _about(named.name("video")):
+        return media.decoder.video_look(data)
+
+
+def load_video(named: NamedBody, params: SamplingParams, media: Media, data: bytes | None = None) -> Frames | None:
+    """The video of the request as 33 to 1,452 uint8 frames of the output's size, or None.
+
+    Args:
+        data: what `read_video` gave, if it has been called, so that nothing is read twice.
+    """
+    data = read_video(named, media) if data is None else data
+    if data is None:
+        return None
+    param = named.name("video")
     with _about(param):
         frames = media.decoder.decode_video(data, params.width, params.height, params.image_fit)
     if frames.num_frames < FRAMES_PER_CHUNK:

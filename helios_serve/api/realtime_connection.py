@@ -46,6 +46,7 @@ from helios_serve.api.realtime_messages import (
 from helios_serve.api.realtime_outbox import Closing, Outbox, send_all
 from helios_serve.api.service import VideoService
 from helios_serve.api.session import PromptApplied, Session, SessionEvent, SessionState
+from helios_serve.api.sub_segments import MAX_PARTS, sub_segments
 from helios_serve.errors import BodyTooLargeError, ConflictError, HeliosError, InvalidRequestError
 from helios_serve.types import FRAMES_PER_CHUNK, PlayState
 
@@ -175,12 +176,15 @@ class Connection:
                 assert_never(event)
 
     async def _on_segment(self, segment: JobSegment) -> None:
-        media = segment.media if self._has_init else segment.init + segment.media
-        ids = self._track.ids_at(segment.index)
-        metadata = metadata_message(self._job.id, segment, len(media), ids)
-        self._has_init = True
+        parts = sub_segments(segment) if self._start.sub_chunks else [segment]
+        first = segment.index * (MAX_PARTS if self._start.sub_chunks else 1)
         self._last_segment = segment.index
-        await self._outbox.put(text_of(metadata), media)
+        ids_of_parts = self._track.ids_in_parts(segment.index, len(parts))
+        for number, (part, ids) in enumerate(zip(parts, ids_of_parts, strict=True), first):
+            media = part.media if self._has_init else part.init + part.media
+            metadata = metadata_message(self._job.id, part, len(media), ids, number)
+            self._has_init = True
+            await self._outbox.put(text_of(metadata), media)
 
     async def _on_progress(self, event: JobProgress) -> None:
         if self._start.protocol != PROTOCOL:

@@ -6,7 +6,7 @@ socket and no service.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from helios_serve.api.json_body import validated
 from helios_serve.api.names import shown
 from helios_serve.api.schemas import MAX_SEED, Prompt
 from helios_serve.api.session import PromptApplied, PromptQueued, SessionState
+from helios_serve.api.sub_segments import WHEN_SENT
 from helios_serve.errors import HeliosError, InvalidRequestError
 from helios_serve.types import FRAMES_PER_CHUNK, PlayState
 
@@ -201,6 +202,16 @@ class PromptTrack:
         self._changes = [change for change in self._changes if change.completed_chunk < applied.chunk]
         self._changes.append(applied)
 
+    def ids_in_parts(self, chunk: int, num_parts: int) -> Iterator[dict[str, list[str]]]:
+        """`ids_at` for each part of a chunk: changes begin with its first part, and are complete with its last one."""
+        ids = self.ids_at(chunk)
+        for part in range(num_parts):
+            yield {
+                "started_event_ids": ids["started_event_ids"] if part == 0 else [],
+                "active_event_ids": ids["active_event_ids"],
+                "completed_event_ids": ids["completed_event_ids"] if part == num_parts - 1 else [],
+            }
+
     def ids_at(self, chunk: int) -> dict[str, list[str]]:
         """Changes that begin with the chunk, that it belongs to the transition of, and that are complete with it."""
         active = [change for change in self._changes if change.chunk <= chunk <= change.completed_chunk]
@@ -217,8 +228,7 @@ def start_message(job: Job, start: Start, generated_fps: float) -> Json:
     params = job.request.params
     warnings = [{"param": warning.param, "message": warning.message} for warning in job.warnings]
     if start.sub_chunks:
-        told = "no effect: each binary frame is a whole segment"
-        warnings.append({"param": "sub_chunks", "message": told})
+        warnings.append({"param": "sub_chunks", "message": WHEN_SENT})
     config = {
         "model": job.model,
         "prompt": job.request.prompts[0].prompt,
@@ -259,13 +269,15 @@ def session_pacing(job: Job, generated_fps: float) -> dict[str, float]:
     }
 
 
-def metadata_message(video_id: str, segment: JobSegment, num_bytes: int, ids: Mapping[str, list[str]]) -> Json:
-    """`video.chunk_metadata`: what the binary frame behind it holds, of `num_bytes`."""
+def metadata_message(
+    video_id: str, segment: JobSegment, num_bytes: int, ids: Mapping[str, list[str]], number: int
+) -> Json:
+    """`video.chunk_metadata`: what the binary frame behind it holds, of `num_bytes`; `number` of the frame."""
     return {
         "type": "video.chunk_metadata",
         "request_id": video_id,
         "kind": "media",
-        "transport_chunk_index": segment.index,
+        "transport_chunk_index": number,
         "generation_chunk_index": segment.index,
         "num_frames": segment.num_frames,
         "byte_length": num_bytes,

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -14,9 +15,11 @@ from starlette.requests import HTTPConnection
 
 from helios_serve.api.auth import Caller
 from helios_serve.api.convert import Limits, ParsedRequest, parse_generation
+from helios_serve.api.extension import parse_input_extension
 from helios_serve.api.forms import FORM_TYPE, read_form
 from helios_serve.api.http_access import HttpAccess
 from helios_serve.api.http_request import base_url_of, content_type_of, json_object, read_body
+from helios_serve.api.intake import InputExtension
 from helios_serve.api.jobs import Job, Links, video_object
 from helios_serve.api.media_input import Media
 from helios_serve.api.service import VideoService
@@ -85,9 +88,19 @@ class Desk:
     async def _parsed(self, body: Mapping[str, object], caller: Caller, *, is_live: bool) -> ParsedRequest:
         model, limits, media = self.service.model, self.settings.limits, self.media_for(caller)
         parsed = await self._in_thread(lambda: parse_generation(body, model, media, limits, is_live=is_live))
+        self._check_webhook(parsed)
+        return parsed
+
+    async def parsed_input_extension(self, body: Mapping[str, object], caller: Caller) -> InputExtension:
+        """What continues a video of the caller's own, validated."""
+        model, limits, media = self.service.model, self.settings.limits, self.media_for(caller)
+        extension = await self._in_thread(lambda: parse_input_extension(body, model, media, limits))
+        self._check_webhook(extension.parsed)
+        return extension
+
+    def _check_webhook(self, parsed: ParsedRequest) -> None:
         if parsed.webhook_url is not None:
             self.webhooks.check(parsed.webhook_url, "webhook_url")
-        return parsed
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Decoding a video takes long enough to stall every other client."""
@@ -112,6 +125,14 @@ class Desk:
             )
 
         return of
+
+    async def redirect_origins(self) -> tuple[str, ...]:
+        """Where `content` sends clients: the origin of the bucket's addresses, if it does."""
+        url = None if self.presign is None else await self.presign("origin", 1.0)
+        if url is None:
+            return ()
+        parts = urlsplit(url)
+        return (f"{parts.scheme}://{parts.netloc}",)
 
     def content_url(self, base: str, video_id: str) -> str:
         """The address of a finished video, with a token where keys are in use."""

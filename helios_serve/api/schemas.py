@@ -310,6 +310,13 @@ class VideoUrls(BaseModel):
     hls: str | None
 
 
+class ContinuedFrames(BaseModel):
+    """Frames of the video that was sent, from 0; both ends are in."""
+
+    first: int
+    last: int
+
+
 class VideoDetails(BaseModel):
     """What a job asked for and how far it is."""
 
@@ -329,6 +336,9 @@ class VideoDetails(BaseModel):
     user: str | None
     metadata: dict[str, str] | None
     extended_from_video_id: str | None
+    continued_frames: ContinuedFrames | None = Field(
+        description="Frames of a video that was sent to be extended which begin this one; null for other videos."
+    )
 
 
 class ErrorDetail(BaseModel):

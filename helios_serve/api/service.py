@@ -7,7 +7,6 @@ Knows no protocol, no model and no codec: the engine makes segments, the muxer j
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,7 +15,15 @@ from dataclasses import dataclass, field, replace
 from helios_serve.api.auth import Caller
 from helios_serve.api.convert import ParsedRequest
 from helios_serve.api.engine_protocol import Engine
-from helios_serve.api.intake import DEFAULT_TTL_S, Extension, Intake, IntakeConfig, draining
+from helios_serve.api.intake import (
+    DEFAULT_TTL_S,
+    Extension,
+    InputExtension,
+    InputSegments,
+    Intake,
+    IntakeConfig,
+    draining,
+)
 from helios_serve.api.job_runner import JobRunner, RunnerConfig
 from helios_serve.api.job_spec import read_spec
 from helios_serve.api.job_view import JobViews
@@ -25,6 +32,7 @@ from helios_serve.api.jobs import (
     Job,
     JobEnded,
     JobEvent,
+    JobSegment,
     Origin,
     Page,
     StoredVideo,
@@ -32,15 +40,13 @@ from helios_serve.api.jobs import (
 from helios_serve.api.limits import Limiter
 from helios_serve.api.live_job import LiveJob
 from helios_serve.api.session import Hold, Session, SessionConfig, SessionDesk
-from helios_serve.api.video_files import Muxer, Still, Stills, VideoFiles
+from helios_serve.api.video_files import Muxer, Pixels, Still, Stills, VideoFiles
 from helios_serve.errors import ConflictError, InvalidRequestError
 from helios_serve.store import records
 from helios_serve.store.connect import Stores
 from helios_serve.store.paging import PageRequest
 from helios_serve.telemetry import Metrics
 from helios_serve.types import ModelInfo, SamplingParams
-
-logger = logging.getLogger(__name__)
 
 POLL_S = (0.1, 0.25)
 """How long a watcher waits, at least and at most, before it looks at a job that another process runs."""
@@ -68,7 +74,11 @@ class Attachment:
 
 
 class VideoService:
-    """One object per process; every method runs on its event loop."""
+    """One object per process; every method runs on its event loop.
+
+    Args:
+        input_segments: encodes videos of callers' own that are extended; None refuses these.
+    """
 
     def __init__(
         self,
@@ -81,6 +91,7 @@ class VideoService:
         limiter: Limiter,
         metrics: Metrics,
         config: ServiceConfig,
+        input_segments: InputSegments | None = None,
     ) -> None:
         self.model = model
         self.limiter = limiter
@@ -90,7 +101,9 @@ class VideoService:
         self._config = config
         self._runner = JobRunner(stores, engine, self._finish, config.runner, metrics)
         self._views = JobViews(stores, self._runner)
-        self._intake = Intake(stores, engine, self._runner, self._views, _intake_config(model, engine, config), limiter)
+        start_in_s, name = engine.start_in_s, model.name
+        taking = IntakeConfig(model=name, ttl_s=config.ttl_s, start_in_s=start_in_s, input_segments=input_segments)
+        self._intake = Intake(stores, engine, self._runner, self._views, taking, limiter)
         self._files = VideoFiles(stores, self._views, muxer, stills)
         self._desk = SessionDesk(
             stores=stores, engine=engine, runner=self._runner, watch=self.watch, metrics=metrics, config=config.session
@@ -108,7 +121,7 @@ class VideoService:
                 self._desk.abandoned(live.tenant, live.id)
 
     def refuse(self) -> None:
-        """Takes no new jobs: the server is shutting down."""
+        """Takes no new jobs."""
         self._is_closing = self._intake.is_closed = True
 
     async def close(self) -> None:
@@ -155,6 +168,13 @@ class VideoService:
         InvalidRequestError when nothing would be added.
         """
         return self._counted(await self._intake.extend(caller, video_id, extension, origin))
+
+    async def extend_input(self, caller: Caller, extension: InputExtension, origin: Origin) -> Created:
+        """A new job that begins with a video of its caller's own and continues it.
+
+        Raises: as `create`; UnsupportedOperationError when this server encodes no such video.
+        """
+        return self._counted(await self._intake.extend_input(caller, extension, origin))
 
     def _counted(self, created: Created) -> Created:
         if created.is_replayed:
@@ -287,8 +307,12 @@ class VideoService:
         """
         return await self._files.still(caller.tenant, video_id, variant)
 
+    async def raw(self, segment: JobSegment, pixels: Pixels) -> JobSegment:
+        """A segment with its pictures, decoded, for its media; no init segment belongs to them."""
+        return await self._files.raw(segment, pixels)
+
     async def _finish(self, video_id: str, tenant: str) -> None:
-        """The last segment is durable: makes the file, so that whoever asks first need not wait for it."""
+        """The last segment is durable: makes the file, before somebody asks."""
         self.on_end()
         await self._files.video(tenant, video_id)
 
@@ -362,10 +386,6 @@ class VideoService:
         if caller.limits is None:
             return self._config.max_session_frames
         return max(1, min(caller.limits.max_frames_per_job, int(caller.limits.max_session_seconds * fps)))
-
-
-def _intake_config(model: ModelInfo, engine: Engine, config: ServiceConfig) -> IntakeConfig:
-    return IntakeConfig(model=model.name, ttl_s=config.ttl_s, start_in_s=engine.start_in_s)
 
 
 _ENDED_STATES = records.ENDED

@@ -10,15 +10,20 @@ from helios_serve.types import ModelInfo
 
 def check_size(width: int, height: int, model: ModelInfo, param: str) -> None:
     """Raises InvalidRequestError, naming at most two valid sizes, unless `model` can make `width` x `height`."""
-    multiple = model.size_multiple
-    if width < 1 or height < 1 or width % multiple or height % multiple:
-        problem = f"both sides must be multiples of {multiple} for {model.name}"
-    elif width * height > model.max_pixels:
-        problem = f"at most {model.max_pixels} pixels on this server"
-    else:
+    if is_valid_size(width, height, model):
         return
+    if width < 1 or height < 1 or width % model.size_multiple or height % model.size_multiple:
+        problem = f"both sides must be multiples of {model.size_multiple} for {model.name}"
+    else:
+        problem = f"at most {model.max_pixels} pixels on this server"
     nearest = ", ".join(f"{w}x{h}" for w, h in nearest_sizes(width, height, model))
     raise InvalidRequestError(f"size {width}x{height}: {problem}; nearest: {nearest}", param=param)
+
+
+def is_valid_size(width: int, height: int, model: ModelInfo) -> bool:
+    """Whether `model` can make `width` x `height`."""
+    is_whole = width % model.size_multiple == height % model.size_multiple == 0
+    return min(width, height) > 0 and is_whole and width * height <= model.max_pixels
 
 
 def nearest_sizes(width: int, height: int, model: ModelInfo) -> list[tuple[int, int]]:

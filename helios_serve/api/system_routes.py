@@ -56,7 +56,7 @@ def add_system_routes(app: FastAPI, desk: Desk) -> None:
     add_get(app, "/v1/models", routes.models, schemas.ModelList)
     # A hub id holds a slash.
     add_get(app, "/v1/models/{model_id:path}", routes.model, schemas.ModelItem, 404)
-    _add_playground(app)
+    _add_playground(app, desk)
 
 
 def add_open_routes(app: FastAPI, desk: Desk, metrics: Metrics, probes: Probes) -> None:
@@ -159,13 +159,12 @@ def _add_probe(
     app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
 
 
-def _add_playground(app: FastAPI) -> None:
-    """The page at `/` and what it loads."""
-    headers = playground_headers()
+def _add_playground(app: FastAPI, desk: Desk) -> None:
+    """The page at `/` and what it loads. It may play what `content` redirects to."""
 
     def answer(file: PlaygroundFile) -> Callable[[Request], Awaitable[Response]]:
         async def serve(request: Request) -> Response:
-            own = {**headers, "etag": file.etag}
+            own = {**playground_headers(await desk.redirect_origins()), "etag": file.etag}
             if request.headers.get("if-none-match") == file.etag:
                 return Response(status_code=304, headers=own)
             return Response(file.body, headers=own, media_type=file.media_type)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from helios_serve.api.job_view import JobViews
@@ -23,6 +24,8 @@ Muxer = Callable[[bytes, Sequence[bytes]], bytes]
 """(init, media of all segments in order) -> a progressive MP4."""
 
 Still = Literal["thumbnail", "spritesheet", "last_frame"]
+Pixels = Literal["rgb24", "yuv420p"]
+"""How pictures are laid out that are not encoded: interleaved, or a plane of luma and two of chroma."""
 STILL_TYPES: dict[Still, str] = {"thumbnail": "image/webp", "spritesheet": "image/jpeg", "last_frame": "image/png"}
 """Pictures of a video, and their media types."""
 
@@ -46,6 +49,10 @@ class Stills(Protocol):
 
     def spritesheet(self, init: bytes, media: Sequence[bytes], frames_per_tile: int) -> bytes:
         """JPEG of one frame in `frames_per_tile`."""
+        ...
+
+    def raw_frames(self, init: bytes, media: bytes, pixels: Pixels) -> bytes:
+        """The pictures of a segment behind each other, row by row."""
         ...
 
 
@@ -98,6 +105,11 @@ class VideoFiles:
         media, a_second = [segment.media for segment in segments], max(1, round(segments[0].fps))
         picture = await asyncio.to_thread(self._stills.spritesheet, segments[0].init, media, a_second)
         return picture, STILL_TYPES[variant]
+
+    async def raw(self, segment: JobSegment, pixels: Pixels) -> JobSegment:
+        """A segment with its pictures, decoded, for its media; no init segment belongs to them."""
+        data = await asyncio.to_thread(self._stills.raw_frames, segment.init, segment.media, pixels)
+        return replace(segment, init=b"", media=data)
 
     async def _finished_row(self, tenant: str, video_id: str) -> records.Job:
         row = await self._stores.jobs.get(tenant, video_id)

@@ -154,8 +154,7 @@ class WebhookSender:
         secret = None if key_id is None else stored.get(key_id)
         if secret is not None:
             return [secret]
-        previous = [] if self._keys.previous is None else [self._keys.previous]
-        return [derived_secret(key, key_id) for key in (self._keys.current, *previous)]
+        return [derived_secret(key, key_id) for key in self._keys.in_order[:2]]
 
     async def _due(self, limit: int) -> list[Delivery]:
         if limit == 0:

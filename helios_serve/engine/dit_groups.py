@@ -171,7 +171,7 @@ class DitGroups:
                     steps_since_load=since_load,
                 )
             )
-        total = sum(shape.flops for shape in shapes)
+        total = sum(shape.flops for shape in shapes) or 1.0  # of steps without a forward
         shares = []
         for flight, shape in zip(flights, shapes, strict=True):
             state = flight.run.state

@@ -1,68 +1,43 @@
 """The engine: events in, plan, submit or signal, route. Knows requests, chunks and groups; sees references, never
-tensors, and knows nothing of HTTP, stores, devices or clocks: the time is an argument of every call.
+tensors, and knows nothing of HTTP, stores, devices or clocks: the time is an argument of every call. What it was asked
+for is in `runs`, what the executor's answers mean in `answers`.
 
 `async_engine` runs it on an event loop; the simulation of the tests under a virtual clock.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from helios_serve.config import EngineConfig
 from helios_serve.engine.admission import AdmissionConfig, Site, admit, start_in_s
+from helios_serve.engine.answers import Answers
 from helios_serve.engine.dit_groups import DitGroups
 from helios_serve.engine.executor import Executor
-from helios_serve.engine.fairness import Tenants
 from helios_serve.engine.group_watch import GroupWatch
 from helios_serve.engine.poison import PoisonList
-from helios_serve.engine.pool_jobs import decode_job, encode_job, encoding_name, pixel_ratio
+from helios_serve.engine.pool_jobs import encode_job
 from helios_serve.engine.recorder import Recorder
 from helios_serve.engine.request_run import RequestRun
 from helios_serve.engine.request_state import Arrival
 from helios_serve.engine.role_pool import RolePool
+from helios_serve.engine.runs import Crew, Runs
 from helios_serve.engine.scheduler import new_state
 from helios_serve.engine.step_cost import CostModel
 from helios_serve.errors import CapacityError, ConflictError, HeliosError
 from helios_serve.types import (
     FRAMES_PER_CHUNK,
-    Aborted,
-    Beat,
-    ChunkReady,
-    ChunkRecord,
     ChunkStarted,
-    Completed,
-    Decoded,
-    Encoded,
     Event,
     ExecutorEvent,
     Failure,
-    GroupLost,
-    GroupUp,
-    PackLimit,
-    Parked,
-    PlayChanged,
-    Prepared,
-    Progress,
     PromptChange,
     Restart,
     Resume,
     Role,
     SamplingParams,
-    SegmentReady,
-    StepDone,
-    TaskDone,
-    TaskFailed,
     VideoRequest,
 )
-
-logger = logging.getLogger(__name__)
-
-MAX_UNDECODED_CHUNKS = 2
-"""Chunks of one request that may wait for a VAE before its next chunk is held back."""
-
-MAX_UNCOMMITTED_CHUNKS = 4
-"""Chunks of one request that its keeper may have in hand before its next chunk is held back."""
 
 
 class Engine:
@@ -86,15 +61,23 @@ class Engine:
         self._publish = publish
         self._recorder = recorder
         self._admission = AdmissionConfig(ttfc_target_s=config.ttfc_target_s, max_queue_wait_s=config.max_queue_wait_s)
-        self._runs: dict[str, RequestRun] = {}
-        self._unfinished: dict[str, RequestRun] = {}
-        """Those with chunks still to be denoised, in order of arrival."""
-        self._tenants = Tenants()
         self._groups = DitGroups(executor, model, config)
         self._encoders = RolePool(slots=1)
         self._vaes = RolePool(slots=config.slots_per_vae)
+        crew = Crew(
+            executor=executor,
+            model=model,
+            config=config,
+            publish=publish,
+            recorder=recorder,
+            groups=self._groups,
+            encoders=self._encoders,
+            vaes=self._vaes,
+        )
+        self._runs = Runs(crew)
         self._watch = GroupWatch(executor, self._groups, config, recorder)
         self._poison = PoisonList(config.poison_s)
+        self._answers = Answers(crew, self._runs, self._watch, self._poison)
         self._num_accepted = 0
         self._is_draining = False
 
@@ -118,7 +101,7 @@ class Engine:
     @property
     def is_drained(self) -> bool:
         """Whether nothing runs any more, and all that was made is kept."""
-        is_kept = all(run.num_uncommitted == 0 for run in self._runs.values())
+        is_kept = all(run.num_uncommitted == 0 for run in self._runs.all)
         return self._groups.is_idle and self._vaes.is_idle and self._vaes.num_waiting == 0 and is_kept
 
     def generated_fps(self, params: SamplingParams) -> float:
@@ -179,22 +162,15 @@ class Engine:
             is_interactive=request.is_interactive,
             is_strict=request.is_strict,
         )
-        tenant = self._tenants.get(request.tenant)
+        tenant = self._runs.tenants.get(request.tenant)
         state = new_state(request, arrival, tenant, self._model, self._groups.scheduler_config, next_chunk)
         run = RequestRun(state=state, accepted_at=now, has_keeper=has_keeper, allowed=allowed)
-        self._runs[request.request_id] = run
-        self._recorder.accepted(run)
-        if not state.live:
-            self._tenants.enter(tenant)
+        self._runs.add(run)
         if resume is not None:
             run.resume(resume)
-            for chunk in resume.undecoded:
-                self._vaes.add(decode_job(run, chunk, self._model, self._config))
-        if not state.has_ended:
-            self._unfinished[request.request_id] = run
-            self._encoders.add(encode_job(run, self._model, self._config))
-        self._play(run, now)
-        self._complete(run, now)
+        self._runs.begin(run, () if resume is None else resume.undecoded)
+        self._runs.play(run, now)
+        self._runs.complete(run, now)
         self.turn(now)
 
     def committed(self, request_id: str, chunk: int, now: float) -> None:
@@ -203,8 +179,8 @@ class Engine:
         if run is not None:
             run.num_committed = chunk + 1
             self._executor.drop(run.spent_refs())
-            self._hold(run, self._vae_queue_is_long)
-            self._complete(run, now)
+            self._runs.hold(run, self._runs.vae_queue_is_long)
+            self._runs.complete(run, now)
             self.turn(now)
 
     def change_prompt(self, request_id: str, prompt: str, transition_chunks: int, now: float) -> int:
@@ -247,7 +223,7 @@ class Engine:
         run = self._runs.get(request_id)
         if run is not None:
             run.allowed = num_chunks
-            self._play(run, now)
+            self._runs.play(run, now)
             self.turn(now)
 
     def pause(self, request_id: str, is_paused: bool, now: float) -> None:
@@ -255,7 +231,7 @@ class Engine:
         run = self._runs.get(request_id)
         if run is not None:
             run.hold("pause", is_paused)
-            self._play(run, now)
+            self._runs.play(run, now)
             self.turn(now)
 
     def release(self, request_id: str) -> None:
@@ -284,13 +260,13 @@ class Engine:
         end = run.first_free_chunk if state.end_chunk is None else min(state.end_chunk, run.first_free_chunk)
         state.end_chunk = end
         if state.has_ended:
-            self._unfinished.pop(request_id, None)
+            self._runs.denoised(run)
             self._encoders.abandon(request_id)
         else:
             run.hold("pause", False)
             run.allowed = None
-            self._play(run, now)
-        self._complete(run, now)
+            self._runs.play(run, now)
+        self._runs.complete(run, now)
         self.turn(now)
         return end
 
@@ -299,7 +275,7 @@ class Engine:
         run = self._runs.get(request_id)
         if run is not None:
             self._recorder.finished(run, "abort", now)
-            self._end(run)
+            self._runs.end(run)
             self.turn(now)
 
     def drain(self, now: float) -> None:
@@ -309,41 +285,19 @@ class Engine:
 
     def fail_all(self, code: str, message: str, now: float) -> None:
         """Ends every request."""
-        for run in list(self._runs.values()):
-            self._fail(run, Failure(request_id=run.request_id, code=code, message=message), now)
+        for run in self._runs.all:
+            self._runs.fail(run, Failure(request_id=run.request_id, code=code, message=message), now)
 
     def handle(self, event: ExecutorEvent, now: float) -> None:
         """Takes one answer of the executor in; `turn` then gives out what has become possible."""
-        match event:
-            case Beat():
-                self._watch.beat(event, now)
-            case StepDone():
-                self._on_step(event, now)
-            case TaskDone():
-                self._on_chunk(event, now)
-            case Decoded():
-                self._on_segment(event, now)
-            case Encoded():
-                self._on_encoded(event, now)
-            case Parked():
-                self._on_parked(event, now)
-            case Aborted():
-                self._groups.aborted(event.task_id, now)
-            case TaskFailed():
-                self._on_failed(event, now)
-            case GroupUp():
-                self._on_up(event, now)
-            case GroupLost():
-                self._on_lost(event, now)
-            case PackLimit():
-                self._groups.limited(event)
+        self._answers.take(event, now)
 
     def turn(self, now: float) -> None:
         """Gives out work: encodings, chunks as planned, decodings."""
         for group, job in self._encoders.assign(now):
             self._executor.submit(group, [job.make_task(job.task_id)])
         if not self._is_draining:
-            for run, num_sharing in self._groups.dispatch(list(self._unfinished.values()), now):
+            for run, num_sharing in self._groups.dispatch(self._runs.unfinished, now):
                 if run.has_keeper:
                     name, chunk = run.request_id, run.state.next_chunk
                     self._publish(name, ChunkStarted(request_id=name, chunk=chunk, num_sharing=num_sharing))
@@ -360,13 +314,13 @@ class Engine:
         """When `turn` should be called though nothing happened."""
         if self._is_draining:
             return None
-        return self._groups.next_wake(list(self._unfinished.values()), now)
+        return self._groups.next_wake(self._runs.unfinished, now)
 
     def _record_queues(self) -> None:
-        num_running = sum(run.started_at is not None for run in self._runs.values())
+        num_running = sum(run.started_at is not None for run in self._runs.all)
         depths: dict[Role, int] = {
             "encoder": self._encoders.num_waiting,
-            "dit": sum(run.state.waits_for_group for run in self._unfinished.values()),
+            "dit": sum(run.state.waits_for_group for run in self._runs.unfinished),
             "vae": self._vaes.num_waiting,
         }
         self._recorder.queues(num_running=num_running, num_waiting=len(self._runs) - num_running, depths=depths)
@@ -383,246 +337,12 @@ class Engine:
 
     def _site(self) -> Site:
         return Site(
-            jobs=[run.state for run in self._runs.values()],
+            jobs=[run.state for run in self._runs.all],
             groups=self._groups.states,
             num_vaes=self._vaes.num_members,
-            tenants=self._tenants,
+            tenants=self._runs.tenants,
         )
-
-    def _on_encoded(self, event: Encoded, now: float) -> None:
-        job = self._encoders.finish(event.task_id)
-        run = None if job is None or job.is_abandoned else self._runs.get(job.request_id)
-        if run is None:
-            self._executor.drop([event.conditioning])
-            return
-        self._recorder.phases(run, event.phases)
-        for phase in event.phases:
-            if phase.name == "text_encode":
-                self._model.observe_text(phase.seconds)
-            else:
-                self._model.observe_media(phase.seconds)
-        if job is None or job.name != encoding_name(run):  # a newer prompt is on its way
-            self._executor.drop([event.conditioning])
-            return
-        is_first = run.conditioning is None
-        run.encoded(event.conditioning, event.generator_state)
-        run.hold("prompt", False)
-        if is_first and run.has_keeper:
-            seconds = sum(phase.seconds for phase in event.phases)
-            self._publish(
-                run.request_id,
-                Prepared(
-                    request_id=run.request_id,
-                    conditioning=event.conditioning,
-                    generator_state=event.generator_state,
-                    seconds=seconds,
-                ),
-            )
-
-    def _on_step(self, event: StepDone, now: float) -> None:
-        shares = self._groups.stepped(event, now)
-        for share in shares:
-            self._recorder.step(share.cursor.stage, event.device_ms / 1000, len(shares))
-            if not share.run.is_over:
-                progress = Progress(request_id=share.run.request_id, cursor=share.cursor, device_ms=share.device_ms)
-                self._publish(share.run.request_id, progress)
-
-    def _on_chunk(self, event: TaskDone, now: float) -> None:
-        run = self._groups.done(event.task_id, now)
-        if run is None or run.is_over:
-            self._executor.drop([event.latents])
-            return
-        state, chunk = run.state, run.state.next_chunk - 1
-        self._recorder.phases(run, (event.phase,), chunk=chunk)
-        if state.has_ended:
-            self._unfinished.pop(run.request_id, None)
-        record = ChunkRecord(chunk=chunk, latents=event.latents, generator_state=event.generator_state)
-        run.add(record)
-        self._executor.drop([*run.take_parked(), *run.take_replaced(), *run.spent_refs()])
-        if run.has_keeper:
-            ready = ChunkReady(
-                request_id=run.request_id, record=record, attempt=run.num_dispatched, seconds=event.phase.seconds
-            )
-            self._publish(run.request_id, ready)
-        self._vaes.add(decode_job(run, chunk, self._model, self._config))
-        self._hold(run, self._vae_queue_is_long)
-        self._play(run, now)
-
-    @property
-    def _vae_queue_is_long(self) -> bool:
-        return self._vaes.num_waiting > 2 * self._vaes.num_members
-
-    def _hold(self, run: RequestRun, is_long: bool) -> None:
-        """Keeps a request from running ahead of the VAEs, and of its keeper."""
-        run.hold("vae", run.num_undecoded >= MAX_UNDECODED_CHUNKS or (is_long and run.num_undecoded > 0))
-        run.hold("store", run.num_uncommitted >= MAX_UNCOMMITTED_CHUNKS)
-
-    def _play(self, run: RequestRun, now: float) -> None:
-        """Keeps a session within its viewer's credit; while it is paused its deadlines move with the clock."""
-        needs_credit = run.allowed is not None and run.state.next_chunk >= run.allowed
-        run.hold("credit", needs_credit and not run.state.has_ended)
-        before = run.play_state
-        if run.is_held_by("pause"):
-            run.play_state = "paused"
-        else:
-            run.play_state = "waiting_for_credit" if run.is_held_by("credit") else "running"
-        if run.play_state == "paused":
-            run.state.pause(now)
-        else:  # who has not acknowledged yet still plays what it has
-            run.state.resume(now)
-        if run.play_state != before:
-            self._publish(run.request_id, PlayChanged(request_id=run.request_id, state=run.play_state))
-
-    def _complete(self, run: RequestRun, now: float) -> None:
-        """Ends a request of which everything was delivered and kept."""
-        if run.is_complete:
-            self._recorder.finished(run, "stop", now)
-            self._publish(run.request_id, Completed(request_id=run.request_id))
-            self._end(run)
-        elif run.failure is not None and run.num_undecoded == 0:
-            self._fail(run, run.failure, now)
-
-    def _on_segment(self, event: Decoded, now: float) -> None:
-        job = self._vaes.finish(event.task_id)
-        run = None if job is None or job.is_abandoned else self._runs.get(job.request_id)
-        if run is None:
-            return
-        self._recorder.phases(run, event.phases, chunk=event.segment.chunk)
-        params = run.request.params
-        self._model.observe_decode(pixel_ratio(params), max(1e-6, sum(phase.seconds for phase in event.phases)))
-        for segment in run.publishable(event.segment):
-            stalled_before_s = run.state.stalled_s
-            if run.state.live:
-                run.state.published(segment.chunk, now)
-            self._recorder.published(run, segment, run.state.stalled_s - stalled_before_s, now)
-            seconds = (_seconds_of(event, "decode"), _seconds_of(event, "mux"))
-            self._publish(run.request_id, SegmentReady(segment=segment, seconds=seconds))
-        self._executor.drop(run.spent_refs())
-        is_long = self._vae_queue_is_long
-        for other in self._unfinished.values():
-            if other.state.is_held:
-                self._hold(other, is_long)
-        self._complete(run, now)
-
-    def _on_parked(self, event: Parked, now: float) -> None:
-        run = self._groups.parked(event.task_id, now)
-        if run is None or run.is_over:
-            self._executor.drop([event.state])
-            return
-        self._executor.drop(run.take_parked())
-        run.parked = event.state
-
-    def _on_failed(self, event: TaskFailed, now: float) -> None:
-        job = self._encoders.finish(event.task_id)
-        pool = self._encoders
-        if job is None:
-            job, pool = self._vaes.finish(event.task_id), self._vaes
-        if job is not None:
-            run = self._runs.get(job.request_id)
-            if job.is_abandoned or run is None:
-                return
-            job.attempt += 1
-            job.is_suspect = True
-            if event.fault == "request" or job.attempt >= self._config.max_attempts:
-                self._fail(run, _failure(run, event), now)
-            else:
-                pool.add(job)
-            return
-        run = self._groups.failed(event.task_id, now, is_callers_fault=event.fault == "request")
-        if run is None or run.is_over:
-            return
-        self._executor.drop(run.take_parked())
-        self._recorder.chunk_recomputed()
-        if event.fault == "request" or run.state.attempt >= self._config.max_attempts:
-            self._fail_after_decoding(run, _failure(run, event), now)
-        for group, why in self._groups.suspects():
-            self._watch.condemn(group, why)
-
-    def _on_up(self, event: GroupUp, now: float) -> None:
-        self._watch.seen(event)
-        if event.role == "dit":
-            if not self._groups.up(event):
-                self._watch.condemn(event.group, "its golden chunk differs from that of the other groups")
-                return
-        else:
-            self._pool(event.role).up(event.group)
-        self._watch.up(event, now)
-
-    def _on_lost(self, event: GroupLost, now: float) -> None:
-        role = self._watch.lost(event)
-        if role is None:
-            return
-        if role == "dit":
-            for run in self._groups.lost(event, now):
-                self._executor.drop(run.take_parked())
-                self._recorder.chunk_recomputed()
-                failure = self._loss_verdict(run, run.state.attempt, len(run.lost_alone), now)
-                if failure is not None:
-                    self._fail_after_decoding(run, failure, now)
-            return
-        pool = self._pool(role)
-        jobs = pool.lost(event.group)
-        for job in jobs:
-            job.attempt += 1
-            job.is_suspect = True
-            if len(jobs) == 1:
-                job.lost_alone.add((event.group, event.incarnation))
-            owner = self._runs.get(job.request_id)
-            if owner is None:  # another of its jobs just ended it
-                continue
-            failure = self._loss_verdict(owner, job.attempt, len(job.lost_alone), now)
-            if failure is None:
-                pool.add(job)
-            else:
-                self._fail(owner, failure, now)
-
-    def _loss_verdict(self, run: RequestRun, attempt: int, num_lost_alone: int, now: float) -> Failure | None:
-        """How a request ends whose work a lost group was doing; None if the work is to be done again."""
-        if num_lost_alone >= 2:
-            self._poison.add(run.request, now)
-            message = "this request ended two workers that ran nothing else; its content is refused for a while"
-            return Failure(request_id=run.request_id, code="request_poisoned", message=message)
-        if attempt >= self._config.max_attempts:
-            message = f"workers were lost in each of {attempt} attempts; try again later"
-            return Failure(request_id=run.request_id, code="worker_lost", message=message)
-        return None
-
-    def _pool(self, role: Role) -> RolePool:
-        return self._encoders if role == "encoder" else self._vaes
-
-    def _fail_after_decoding(self, run: RequestRun, failure: Failure, now: float) -> None:
-        """Ends a request that cannot go on once its finished chunks are delivered."""
-        if run.num_undecoded == 0:
-            self._fail(run, failure, now)
-        else:
-            run.failure = failure
-            run.state.is_cancelled = True
-
-    def _fail(self, run: RequestRun, failure: Failure, now: float) -> None:
-        self._recorder.finished(run, "error", now)
-        self._publish(run.request_id, failure)
-        self._end(run)
-
-    def _end(self, run: RequestRun) -> None:
-        """Forgets a request; what still runs for it is told to stop, and its results will be dropped."""
-        del self._runs[run.request_id]
-        self._unfinished.pop(run.request_id, None)
-        run.is_over = run.state.is_cancelled = True
-        if not run.state.live:
-            self._tenants.leave(run.state.tenant)
-        self._groups.abort(run)
-        self._encoders.abandon(run.request_id)
-        self._vaes.abandon(run.request_id)
-        self._executor.drop(list(run.all_refs()))
 
 
 def _draining() -> CapacityError:
     return CapacityError("the server is shutting down; try again shortly", code="draining", retry_after_s=1.0)
-
-
-def _seconds_of(event: Decoded, name: str) -> float:
-    return sum(phase.seconds for phase in event.phases if phase.name == name)
-
-
-def _failure(run: RequestRun, event: TaskFailed) -> Failure:
-    return Failure(request_id=run.request_id, code=event.code, message=event.message)

@@ -61,6 +61,8 @@ class RequestRun:
     """How the request will end when its finished chunks are delivered."""
     is_over: bool = False
     """Completed, failed or cancelled: what still runs for it is of no use."""
+    _encoders_chunk: int | None = None
+    """The chunk, not the first, that begins from the generator state that the encoder leaves."""
     _holds: set[Hold] = field(default_factory=set)
     _published_before: set[int] = field(default_factory=set)
     """Chunks with a segment from an earlier run, behind one without."""
@@ -93,6 +95,7 @@ class RequestRun:
         """Takes over what exists of the request; its state stands at `point.next_chunk` already."""
         self.records = {record.chunk: record for record in point.records}
         self.generator_state = point.generator_state
+        self._encoders_chunk = None if point.generator_state or point.next_chunk == 0 else point.next_chunk
         self.state.is_suspect = point.is_suspect
         self.num_committed = point.next_chunk
         self.num_undecoded = len(point.undecoded)
@@ -150,7 +153,7 @@ class RequestRun:
             generator_state=self.generator_state,
             parked=self.parked,
             predicted_s=predicted_s,
-            seed=params.seed_at(chunk),
+            seed=None if chunk == self._encoders_chunk else params.seed_at(chunk),
         )
 
     def add(self, record: ChunkRecord) -> None:

@@ -146,7 +146,8 @@ class Factor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
-    """One step of one job: its sequences (two with guidance), their tokens and operations together."""
+    """One step of one job: its sequences (two with guidance), their tokens and operations together; all 0 for a step
+    that takes zero flow instead of a forward."""
 
     stage: int
     num_sequences: int
@@ -205,7 +206,7 @@ class CostModel:
     def timing(self, params: SamplingParams, chunk: int, num_ranks: int) -> ChunkTiming:
         """The shared, up-to-date predictions for chunks like `chunk` of a video with `params`."""
         steps = params.steps_in(chunk)
-        key = (params.width, params.height, steps, params.uses_guidance, num_ranks)
+        key = (params.width, params.height, steps, params.uses_guidance, params.num_zeroed_steps, num_ranks)
         if key not in self._timings:
             self._timings[key] = self._new_timing(params, steps, num_ranks)
         timing = self._timings[key]
@@ -224,7 +225,9 @@ class CostModel:
                 num_tokens=sequences * (noisy + history),
                 flops=sequences * self.shape.step_flops(noisy, history),
             )
-            shapes += [step] * count
+            num_zeroed = min(count, params.num_zeroed_steps) if stage == 0 else 0
+            zeroed = StepShape(stage=stage, num_sequences=0, num_tokens=0, flops=0.0)
+            shapes += [zeroed] * num_zeroed + [step] * (count - num_zeroed)
         left = [0.0]
         for step in reversed(shapes):
             left.append(left[-1] + step.flops / 1e12)
@@ -300,10 +303,13 @@ class CostModel:
 
     def observe(self, sample: StepSample) -> float:
         """Learn from one forward; returns predicted over observed seconds (the metric)."""
-        predicted = self.forward_s(sample.num_ranks, sample.steps)
+        steps = _with_forward(sample.steps)
+        if not steps:
+            return 1.0
+        predicted = self.forward_s(sample.num_ranks, steps)
         if sample.steps_since_load >= WARMUP_STEPS:
-            prior = self._prior_s(sample.num_ranks, sample.steps)
-            self._learn(_bucket(sample.num_ranks, sample.steps), sample.seconds / prior)
+            prior = self._prior_s(sample.num_ranks, steps)
+            self._learn(_bucket(sample.num_ranks, steps), sample.seconds / prior)
         return predicted / sample.seconds
 
     def observe_decode(self, pixel_ratio: float, seconds: float) -> None:
@@ -346,8 +352,9 @@ class CostModel:
         return 1.0 if factor is None else factor.published
 
     def forward_s(self, num_ranks: int, steps: tuple[StepShape, ...]) -> float:
-        """Seconds of one forward that holds `steps`."""
-        return self._prior_s(num_ranks, steps) * self._factor_of(num_ranks, steps)
+        """Seconds of one forward that holds `steps`; 0 if none of them needs one."""
+        steps = _with_forward(steps)
+        return self._prior_s(num_ranks, steps) * self._factor_of(num_ranks, steps) if steps else 0.0
 
     def _prior_s(self, num_ranks: int, steps: tuple[StepShape, ...]) -> float:
         flops = sum(step.flops for step in steps)
@@ -370,8 +377,14 @@ class CostModel:
         return sum(f.published for f in known) / len(known) if known else 1.0
 
     def _relative_spread(self, num_ranks: int, step: StepShape) -> float:
+        if not step.num_sequences:
+            return 0.0
         factor = self._factors.get(_bucket(num_ranks, (step,)))
         return 0.05 if factor is None else factor.spread / factor.value
+
+
+def _with_forward(steps: tuple[StepShape, ...]) -> tuple[StepShape, ...]:
+    return tuple(step for step in steps if step.num_sequences)
 
 
 def step_index(params: SamplingParams, cursor: StepCursor) -> int:

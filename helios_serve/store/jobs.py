@@ -13,6 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from helios_serve.errors import ConflictError, NotFoundError, QuotaError
+from helios_serve.store.beginning import add_given, copy_source
 from helios_serve.store.database import Database, fields_of, insert_into
 from helios_serve.store.ending import JobError, end_job
 from helios_serve.store.errors import EventIdConflictError, IdempotencyKeyReusedError
@@ -27,13 +28,13 @@ from helios_serve.store.records import (
     Job,
     Json,
     NewJob,
-    Source,
     State,
 )
 from helios_serve.store.schema import chunk, control, db_now, file, idem, job, tenant
 
 IDEMPOTENCY_S = 86_400.0
 RETRY_WINDOW_S = 60.0
+_NOT_COLUMNS = frozenset({"source", "given", "input_blob"})
 MAX_PENDING_CONTROLS = 64
 
 
@@ -155,13 +156,17 @@ def _create(connection: sa.Connection, new: NewJob, key: str | None, is_retry: b
         if earlier is not None:
             return Created(job=earlier, is_replayed=True)
     connection.execute(insert_into(connection, tenant).values(id=new.tenant).on_conflict_do_nothing())
-    values = {item.name: getattr(new, item.name) for item in fields(new) if item.name not in ("source", "input_blob")}
+    values = {item.name: getattr(new, item.name) for item in fields(new) if item.name not in _NOT_COLUMNS}
     num_bytes = 0
     if new.input_blob is not None:
         values["input_blob"], num_bytes = new.input_blob.key, new.input_blob.num_bytes
     connection.execute(sa.insert(job).values(**values, state="queued", bytes_stored=num_bytes, created_at=db_now()))
     if new.source is not None:
-        _copy_source(connection, new, new.source)
+        copy_source(
+            connection, new.id, new.source, owned_row(connection, new.tenant, new.source.job_id, is_locked=True)
+        )
+    if new.given is not None:
+        add_given(connection, new.id, new.given)
     return Created(job=_row(connection, new.id), is_replayed=False)
 
 
@@ -224,35 +229,6 @@ def _earlier_try(connection: sa.Connection, new: NewJob) -> Job | None:
     )
     row = connection.execute(query).one_or_none()
     return None if row is None else job_record(row)
-
-
-def _copy_source(connection: sa.Connection, new: NewJob, source: Source) -> None:
-    """The new job begins with the source's chunks: the rows are copied, the blobs shared."""
-    old = owned_row(connection, new.tenant, source.job_id, is_locked=True)
-    if old.state != "finished" or old.is_expired or old.next_chunk < source.num_chunks:
-        raise ConflictError(f"video {old.id}: only a finished video that has not expired can be extended")
-    taken: dict[str, sa.ColumnElement[Any]] = {name: chunk.c[name] for name in set(chunk.c.keys()) - {"job_id"}}
-    for name, empty in (("seg_blob", None), ("seg_bytes", 0), ("seg_frames", 0), ("vae_stats", None)):
-        kept = sa.case((chunk.c.idx < source.num_segments, chunk.c[name]), else_=sa.literal(empty, chunk.c[name].type))
-        taken[name] = kept.label(name)
-    rows = sa.select(sa.literal(new.id).label("job_id"), *taken.values()).where(
-        chunk.c.job_id == old.id, chunk.c.idx < source.num_chunks
-    )
-    connection.execute(sa.insert(chunk).from_select(["job_id", *taken], rows))
-    mine = chunk.c.job_id == new.id
-    num_bytes = sa.select(sa.func.sum(chunk.c.lat_bytes + chunk.c.seg_bytes)).where(mine).scalar_subquery()
-    connection.execute(
-        sa.update(job)
-        .where(job.c.id == new.id)
-        .values(
-            next_chunk=source.num_chunks,
-            bytes_stored=job.c.bytes_stored + sa.func.coalesce(num_bytes, 0),
-            init_blob=old.init_blob,
-            seed_blob=old.seed_blob,
-            seed_rng=old.seed_rng,
-            first_blob=old.first_blob,
-        )
-    )
 
 
 def _row(connection: sa.Connection, job_id: str) -> Job:

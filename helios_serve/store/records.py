@@ -42,7 +42,8 @@ class NewJob:
     `canonical_hash` of what makes two requests the same one. pinned: numeric configuration that every worker must
     honour. num_chunks: None for an open-ended session. pinned_chunk: the chunk whose first frame every later history
     holds. seed_blob, seed_rng: another job's, whose pictures this one begins from too.
-    ttl_s: how long outputs live after the end. source: another job of the tenant that this one extends.
+    ttl_s: how long outputs live after the end. source: another job of the tenant that this one extends. given: what it
+    begins with otherwise, before its first own chunk.
     """
 
     id: str
@@ -63,6 +64,16 @@ class NewJob:
     webhook_url: str | None = None
     key_id: str | None = None
     source: Source | None = None
+    given: Given | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """The frames of a caller's own video, encoded: the first segments of the job that continues it, whole chunks all of
+    them. No latents belong to these chunks."""
+
+    init: BlobRef
+    segments: tuple[BlobRef, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +219,7 @@ class Control:
 class ResumePoint:
     """Where a job goes on after a restart.
 
-    rng: generator state before `next_chunk`; None when the conditioning has to be made again. trail: the last three
+    rng: generator state before `next_chunk`; None when it is what the conditioning leaves. trail: the last three
     chunks. pinned: the chunk whose first frame the history holds. undecoded: chunks without a segment.
     """
 

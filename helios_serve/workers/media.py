@@ -147,6 +147,19 @@ def image_size(data: bytes, *, param: str = "image") -> tuple[int, int]:
         return (image.height, image.width) if is_turned else image.size
 
 
+def video_look(data: bytes, *, param: str = "video") -> tuple[int, int, float]:
+    """(width, height, frames per second) of an MP4 or WebM video; reads its headers only. The rate is 0 where the file
+    does not say.
+
+    Raises:
+        InvalidRequestError: `media_invalid`; not such a video, damaged, or over a limit of this module.
+    """
+    _check_bytes(data, MAX_VIDEO_BYTES, param)
+    with _untrusted("video", param), _opened_video(data, param) as (_, stream):
+        rate = stream.average_rate
+        return stream.width, stream.height, 0.0 if rate is None else round(float(rate), 3)
+
+
 def decode_image(
     data: bytes, width: int, height: int, fit: ImageFit, *, param: str = "image", allow_npy: bool = False
 ) -> Frames:
@@ -201,6 +214,12 @@ class Decoder:
     def decode_video(self, data: bytes, width: int, height: int, fit: ImageFit) -> Frames:
         return decode_video(data, width, height, fit, allow_npy=self.allow_npy)
 
+    def video_look(self, data: bytes) -> tuple[int, int, float]:
+        if self.allow_npy and data.startswith(_NPY_MAGIC):
+            _, height, width, _ = load_npy(data, param="video").shape
+            return width, height, 0.0
+        return video_look(data)
+
     def image_size(self, data: bytes) -> tuple[int, int]:
         if self.allow_npy and data.startswith(_NPY_MAGIC):
             _, height, width, _ = load_npy(data, param="image").shape
@@ -224,6 +243,13 @@ def _opened_image(data: bytes, param: str) -> Iterator[Image.Image]:
 
 
 def _write_container(data: bytes, target: Target, output: BinaryIO, param: str) -> int:
+    with _opened_video(data, param) as (container, stream):
+        return target.write(_pictures(container, stream, param), output)
+
+
+@contextmanager
+def _opened_video(data: bytes, param: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The file and its first video track with its headers read and checked, no frame of the output decoded."""
     demuxer = _demuxer_of(data, param)
     with av.open(io.BytesIO(data), "r", format=demuxer, options=_OPTIONS) as container:
         if not container.streams.video:
@@ -239,7 +265,7 @@ def _write_container(data: bytes, target: Target, output: BinaryIO, param: str) 
             raise _invalid(f"codec {stream.codec.canonical_name}; allowed are {allowed}", param)
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"max_pixels": _OPTIONS["max_pixels"]}
-        return target.write(_pictures(container, stream, param), output)
+        yield container, stream
 
 
 def _demuxer_of(data: bytes, param: str) -> str:

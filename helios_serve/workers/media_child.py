@@ -10,7 +10,8 @@ memory and time. What it shuts off for itself, in this order:
   knows x86_64 and aarch64; on another machine, or where the kernel has no filters, the other limits remain. A network
   namespace would do less, and most containers allow none.
 
-The result goes to standard output as JSON: `num_frames`, or `size`, or the `error` of a file that cannot be decoded.
+The result goes to standard output as JSON: `num_frames`, `size`, `look`, or the `error` of a file that cannot be
+decoded.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 
 class Task(TypedDict):
-    """What to decode: `kind` is image, video or size; `input` and `output` are open files, by number.
+    """What to decode: `kind` is image, video, size (of an image) or look (of a video); `input` and `output` are open
+    files, by number.
 
     search_path: where modules are found. param: the field, for messages.
     """
@@ -55,6 +57,7 @@ class Report(TypedDict, total=False):
 
     num_frames: int
     size: tuple[int, int]
+    look: tuple[int, int, float]
     error: str
 
 
@@ -137,6 +140,8 @@ def _run(task: Task) -> Report:
             _shut_off()
             if task["kind"] == "size":
                 return Report(size=media.image_size(data, param=task["param"]))
+            if task["kind"] == "look":
+                return Report(look=media.video_look(data, param=task["param"]))
             target = media.Target(width=task["width"], height=task["height"], fit=task["fit"])
             write = media.write_image if task["kind"] == "image" else media.write_video
             return Report(num_frames=write(data, target, output, param=task["param"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -27,7 +28,13 @@ from typing import IO, Literal
 from helios_serve.errors import CapacityError, HeliosError, InvalidRequestError
 from helios_serve.types import Frames, ImageFit
 from helios_serve.workers import media_child
-from helios_serve.workers.media import MAX_IMAGE_SIDE, MAX_VIDEO_FRAMES, MIN_VIDEO_FRAMES, Target
+from helios_serve.workers.media import (
+    MAX_IMAGE_SIDE,
+    MAX_VIDEO_FRAMES,
+    MAX_VIDEO_SIDES,
+    MIN_VIDEO_FRAMES,
+    Target,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +46,9 @@ _OWN_IMAGE = base64.b64decode(
 )
 """A black PNG of one pixel."""
 
-Kind = Literal["image", "video", "size"]
+_NO_TARGET = Target(width=0, height=0, fit="crop")
+
+Kind = Literal["image", "video", "size", "look"]
 Reason = Literal["wall_limit", "cpu_limit", "crash", "exit", "bad_answer"]
 
 
@@ -112,9 +121,15 @@ class SandboxDecoder:
 
     def image_size(self, data: bytes) -> tuple[int, int]:
         """`media.image_size`."""
-        job = _Job(kind="size", param="image", target=Target(width=0, height=0, fit="crop"), max_frames=0)
+        job = _Job(kind="size", param="image", target=_NO_TARGET, max_frames=0)
         with self.slots.one(self.tenant), _memory_file(data) as source, _memory_file(b"") as output:
             return job.size(self._run(job, source, output))
+
+    def video_look(self, data: bytes) -> tuple[int, int, float]:
+        """`media.video_look`."""
+        job = _Job(kind="look", param="video", target=_NO_TARGET, max_frames=0)
+        with self.slots.one(self.tenant), _memory_file(data) as source, _memory_file(b"") as output:
+            return job.look(self._run(job, source, output))
 
     def check(self) -> None:
         """Decodes a picture of this module's own, to notice at the start of a server that no process can.
@@ -214,6 +229,15 @@ class _Job:
         match answer:
             case {"size": [int(width), int(height)]} if all(0 < side <= MAX_IMAGE_SIDE for side in (width, height)):
                 return width, height
+        raise self._refused(answer)
+
+    def look(self, answer: dict[str, object]) -> tuple[int, int, float]:
+        """Raises InvalidRequestError when the answer is a refusal or makes no sense."""
+        match answer:
+            case {"look": [int(width), int(height), float(fps)]} if (
+                all(0 < side <= max(MAX_VIDEO_SIDES) for side in (width, height)) and 0.0 <= fps < math.inf
+            ):
+                return width, height, fps
         raise self._refused(answer)
 
     def failed(self, reason: Reason, what: str) -> InvalidRequestError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import av
 from PIL import Image
@@ -39,6 +40,12 @@ def spritesheet(init: bytes, media: Sequence[bytes], frames_per_tile: int) -> by
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (index % TILE_COLUMNS * width, index // TILE_COLUMNS * height))
     return _encode(sheet, "JPEG", quality=80)
+
+
+def raw_frames(init: bytes, media: bytes, pixels: Literal["rgb24", "yuv420p"]) -> bytes:
+    """The pictures of a segment, row by row: [F, H, W, 3], or [F, H * 3/2, W] with the planes of chroma last."""
+    with av.open(io.BytesIO(init + media), "r", format="mp4") as container:
+        return b"".join(frame.to_ndarray(format=pixels).tobytes() for frame in container.decode(video=0))
 
 
 def _frames(init: bytes, media: Sequence[bytes]) -> Iterator[Image.Image]:

@@ -158,6 +158,20 @@ def test_extend_gives_back_frames_that_were_cut(server: LiveServer, client: Open
     assert decode_times(whole) == [start * timescale(whole) / 24 for start in (0, 33, 66)]
 
 
+def test_extend_a_file(server: LiveServer, client: OpenAI, finished: str, tmp_path: Path) -> None:
+    """A video of another origin: its last whole chunks, encoded anew, then what is added."""
+    path = tmp_path / "video.mp4"
+    path.write_bytes(client.videos.download_content(finished).read())
+    video = client.videos.extend(prompt="the ball stops", seconds=cast(Any, "2"), video=path)
+    video = client.videos.poll(video.id)
+    assert (video.status, video.error, video.size, video.seconds) == ("completed", None, "64x64", "4.75")
+    assert details(video)["continued_frames"] == {"first": 0, "last": 65}
+    assert details(video)["extended_from_video_id"] is None
+    whole = server.http.get(f"/v1/videos/{video.id}/stream").content
+    assert decode_times(whole) == [start * timescale(whole) / 24 for start in (0, 33, 66, 99)]
+    assert times_s(whole) == pytest.approx([frame / 24 for frame in range(114)], abs=1e-4)
+
+
 def test_every_call_of_the_async_client(server: LiveServer, picture: Path) -> None:
     async def calls() -> None:
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused") as client:

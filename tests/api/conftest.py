@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,12 @@ from helios_serve.api.engine_protocol import Engine
 from helios_serve.api.files import FileService
 from helios_serve.api.http_access import HttpAccess, owners_in
 from helios_serve.api.http_server import Extras, create_app
+from helios_serve.api.intake import InputSegments
 from helios_serve.api.limits import Limiter
 from helios_serve.api.media_input import DataUriSource, Media
 from helios_serve.api.outgoing import Outgoing
 from helios_serve.api.realtime import realtime_route
-from helios_serve.api.routes import Desk, ServerSettings
+from helios_serve.api.routes import Desk, MediaFor, ServerSettings
 from helios_serve.api.service import ServiceConfig, VideoService
 from helios_serve.api.signed_urls import UrlSigner, load_signing_keys
 from helios_serve.api.webhooks import WebhookSender
@@ -72,8 +73,8 @@ DISTILLED = ModelInfo(
 class FakeEngine:
     """Walks the real cursor; the prompt decides the fate: slow, fail, crash, mute, or a video of known bytes.
 
-    A chunk's latents follow from all that the real ones follow from, and the media of a prompt that begins with "exact"
-    shows them. step_s: how long a step takes, when it is not slow.
+    A chunk's latents follow from all that the real ones follow from, its number not, and the media of a prompt that
+    begins with "exact" shows them. step_s: how long a step takes, when it is not slow.
     """
 
     def __init__(self, *, step_s: float = 0.0) -> None:
@@ -176,7 +177,7 @@ class FakeEngine:
         latents = {record.chunk: record.latents.key for record in resume.records}
         for chunk in resume.undecoded:
             yield SegmentReady(segment=_segment(request, chunk, latents[chunk]), seconds=(0.02, 0.01))
-        state = start.generator_state if resume.next_chunk == 0 else resume.generator_state
+        state = resume.generator_state if resume.generator_state else start.generator_state
         self._num_committed[name] = resume.next_chunk
         cursor = StepCursor(chunk=resume.next_chunk)
         while cursor.chunk < params.num_chunks:
@@ -208,10 +209,11 @@ def _start(request: VideoRequest) -> Start:
 def _latents(request: VideoRequest, chunk: int, start: bytes, latents: Mapping[int, str], state: bytes) -> str:
     """Fails when what the chunk follows from is not there."""
     pinned = request.pinned_chunk(chunk)
-    history = [latents[earlier] for earlier in range(max(0, chunk - NUM_TRAIL_CHUNKS), chunk)]
+    begin = max(request.params.start_of(chunk), chunk - NUM_TRAIL_CHUNKS)
+    history = [latents[earlier] for earlier in range(begin, chunk)]
     history += [] if pinned is None else [latents[pinned]]
     shown = f"{request.prompt_at(chunk)} {request.prompt_weight(chunk)} {request.params.seed} {history}"
-    return f"latents {chunk} {_digest(shown.encode() + start + state)}"
+    return f"latents {_digest(shown.encode() + start + state)}"
 
 
 def _segment(request: VideoRequest, chunk: int, latents: str) -> Segment:
@@ -247,6 +249,9 @@ class FakeStills:
     def spritesheet(self, init: bytes, media: Sequence[bytes], frames_per_tile: int) -> bytes:
         return f"every {frames_per_tile}th of ".encode() + b"".join(media)
 
+    def raw_frames(self, init: bytes, media: bytes, pixels: str) -> bytes:
+        return f"{pixels} of ".encode() + media
+
 
 class FakeDecoder:
     """PNG magic makes an image; `frames=N` makes a video."""
@@ -259,10 +264,23 @@ class FakeDecoder:
     def image_size(self, data: bytes) -> tuple[int, int]:
         return 1920, 1080
 
+    def video_look(self, data: bytes) -> tuple[int, int, float]:
+        """As `size=64x64` and `fps=25` say, which may follow the number of frames."""
+        if not data.startswith(b"frames="):
+            raise InvalidRequestError("not an MP4 or WebM video")
+        said = dict(part.split("=") for part in data.decode().split())
+        width, height = said.get("size", "1920x1080").split("x")
+        return int(width), int(height), float(said.get("fps", "0"))
+
     def decode_video(self, data: bytes, width: int, height: int, fit: str) -> Frames:
         if not data.startswith(b"frames="):
             raise InvalidRequestError("not an MP4 or WebM video")
-        return Frames(data=b"", num_frames=int(data[7:]), height=height, width=width)
+        return Frames(data=b"", num_frames=int(data[7:].split()[0]), height=height, width=width)
+
+
+def fake_input_segments(frames: Frames, params: SamplingParams) -> tuple[bytes, list[bytes]]:
+    """Names the chunks."""
+    return b"INIT", [f"[given:{chunk}]".encode() for chunk in range(frames.num_frames // 33)]
 
 
 KEYLESS = OriginPolicy(is_keyless=True)
@@ -279,8 +297,15 @@ class Parts:
 
 
 @contextmanager
-def parts_of(engine: Engine, data_dir: Path, metrics: Metrics | None = None) -> Iterator[Parts]:
-    """A keyless application over real stores in `data_dir`."""
+def parts_of(
+    engine: Engine,
+    data_dir: Path,
+    metrics: Metrics | None = None,
+    *,
+    input_segments: InputSegments | None = fake_input_segments,
+    media_of: Callable[[VideoService, FileService], MediaFor] | None = None,
+) -> Iterator[Parts]:
+    """A keyless application over real stores in `data_dir`. media_of: reads media; without it a fake decoder does."""
     stores = open_stores(StoreConfig(data_dir=data_dir))
     told = Metrics(DISTILLED.name) if metrics is None else metrics
     limiter, keys = Limiter(), load_signing_keys(data_dir)
@@ -293,21 +318,23 @@ def parts_of(engine: Engine, data_dir: Path, metrics: Metrics | None = None) -> 
         limiter=limiter,
         metrics=told,
         config=ServiceConfig(),
+        input_segments=input_segments,
     )
     access = HttpAccess(Authenticator([]), KEYLESS, UrlSigner(keys), limiter, owner_of=owners_in(stores.database))
     limits = Limits(model_aliases=("org/Helios-Distilled",))
     webhooks = WebhookSender(stores.access, Outgoing(), keys, metrics=told)
     media = Media(source=DataUriSource(), decoder=FakeDecoder())
+    files = FileService(stores.access, stores.blobs, stores.jobs, limiter)
     desk = Desk(
         service=service,
         access=access,
         settings=ServerSettings(version="1.2.3", metrics=told, limits=limits, max_body_bytes=200_000),
-        media_for=lambda _: media,
+        media_for=(lambda _: media) if media_of is None else media_of(service, files),
         webhooks=webhooks,
     )
     extras = Extras(
         realtime=realtime_route(service, desk.parsed_live, access.socket_caller, desk.links),
-        files=FileService(stores.access, stores.blobs, stores.jobs, limiter),
+        files=files,
         rows=stores.access,
         origins=KEYLESS,
     )

@@ -30,8 +30,10 @@ from helios_serve.api.realtime import RealtimeRoute, realtime_route
 from helios_serve.api.realtime_connection import RealtimeSettings
 from helios_serve.api.service import VideoService
 from helios_serve.api.session import PromptApplied, PromptQueued, SessionEvent, SessionState
+from helios_serve.api.video_files import Pixels
 from helios_serve.errors import ConflictError, HeliosError, InvalidRequestError, NotFoundError, QuotaError
 from helios_serve.types import FRAMES_PER_CHUNK, Frames, ModelInfo, PlayState, PromptChange, StepCursor
+from helios_serve.workers import stills
 from helios_serve.workers.segment import SegmentSpec, encode_segment
 
 Json = dict[str, Any]
@@ -356,6 +358,9 @@ class FakeService:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def raw(self, segment: JobSegment, pixels: Pixels) -> JobSegment:
+        return replace(segment, init=b"", media=stills.raw_frames(segment.init, segment.media, pixels))
 
     def _job(self, caller: Caller, video_id: str) -> FakeJob:
         job = self.jobs.get(video_id)

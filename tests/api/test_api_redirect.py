@@ -85,6 +85,23 @@ def test_what_a_presigned_get_cannot_answer_is_answered_here(parts: Parts, tmp_p
         client.delete(f"{VIDEOS}/{running}")
 
 
+def test_the_page_may_play_what_it_is_sent_to(parts: Parts, tmp_path: Path) -> None:
+    bucket = signed_offline(tmp_path)
+    with serving(parts, bucket.presign) as client, closing(bucket):
+        target = urlsplit(client.get(made(client)).headers["location"])
+        for path in ("/", "/playground/app.js"):
+            rules = client.get(path).headers["content-security-policy"].split("; ")
+            policy = {name: sources.split() for name, _, sources in (rule.partition(" ") for rule in rules)}
+            for kind in ("media-src", "connect-src", "img-src"):
+                assert f"{target.scheme}://{target.netloc}" in policy[kind]
+            assert policy["script-src"] == ["'self'"]
+
+
+def test_a_page_of_a_directory_names_no_other_origin(parts: Parts) -> None:
+    with serving(parts, parts.stores.blobs.presign) as client:
+        assert "http" not in client.get("/").headers["content-security-policy"]
+
+
 def test_a_directory_has_no_addresses(parts: Parts) -> None:
     with serving(parts, parts.stores.blobs.presign) as client:
         answer = client.get(made(client))

@@ -316,16 +316,19 @@ def test_what_lies_beside_the_spec_is_read_too() -> None:
     run(scenario)
 
 
-def test_raw_frames_want_a_scope_and_are_not_offered() -> None:
+def test_raw_frames_want_a_scope_and_are_not_stored() -> None:
     reader, reader_key = new_key(scopes=("generate",))
     raw, raw_key = new_key(scopes=("generate", "raw"))
 
     async def scenario(served: Served) -> None:
         spec = served.spec(output=pb.OutputOptions(container=pb.CONTAINER_RAW_RGB24))
-        for key, code in ((reader, "PERMISSION_DENIED"), (raw, "UNIMPLEMENTED")):
+        for key, code in ((reader, "PERMISSION_DENIED"), (raw, "INVALID_ARGUMENT")):
             metadata = (("authorization", f"Bearer {key}"),)
-            refusal = await refused(served.stub.Generate(pb.GenerateRequest(spec=spec), metadata=metadata))
+            refusal = await refused(served.stub.CreateVideo(pb.CreateVideoRequest(spec=spec), metadata=metadata))
             assert refusal.code.name == code
+        metadata = (("authorization", f"Bearer {reader}"),)
+        refusal = await refused(served.stub.Generate(pb.GenerateRequest(spec=spec), metadata=metadata))
+        assert refusal.code.name == "PERMISSION_DENIED"
 
     run(scenario, keys=[KeyRing([reader_key, raw_key])])
 

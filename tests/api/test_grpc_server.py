@@ -65,7 +65,7 @@ def test_health_follows_the_service() -> None:
 
 
 async def listed(served: Served) -> list[str]:
-    stub: Any = reflection_pb2_grpc.ServerReflectionStub(served.channel)
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast(Any, served.channel))
     call = stub.ServerReflectionInfo()
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     names = [each.name for each in (await call.read()).list_services_response.service]
@@ -401,7 +401,8 @@ def test_tls_and_client_certificates(tmp_path: Path) -> None:
 
     async def code_of(port: int, credentials: grpc.ChannelCredentials) -> grpc.StatusCode:
         async with grpc.aio.secure_channel(f"localhost:{port}", credentials, NO_PROXY) as channel:
-            call: Any = channel.unary_unary(f"/{NAME}/ListModels")(b"", timeout=5)
+            method: Any = channel.unary_unary(f"/{NAME}/ListModels")
+            call = method(b"", timeout=5)
             code: grpc.StatusCode = await call.code()
             return code
 

@@ -272,7 +272,6 @@ async def _named(stub: Any) -> None:
         refusal = await refused(call)
         assert (refusal.code, refusal.fields) == (grpc.StatusCode.NOT_FOUND, [path])
     outputs = [
-        ("container", pb.OutputOptions(container=pb.CONTAINER_RAW_RGB24)),
         ("container", pb.OutputOptions(container=9)),
         ("codec", pb.OutputOptions(codec=9)),
         ("crf", pb.OutputOptions(crf=60)),

@@ -40,6 +40,28 @@ def test_a_session_with_credit_from_start_to_end() -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("container", [pb.CONTAINER_FMP4, pb.CONTAINER_RAW_YUV420P])
+def test_a_session_in_sub_chunks(container: pb.Container) -> None:
+    """Credit counts whole segments."""
+
+    async def scenario(served: Served) -> None:
+        spec = pb.VideoSpec(prompt="a lake", width=64, height=64, num_frames=66)
+        spec.output.MergeFrom(pb.OutputOptions(sub_chunks=True, container=container))
+        async with started(served, spec=spec, max_ahead_segments=1) as viewer:
+            while len(viewer.segments) < 9:
+                await viewer.until("segment")
+            await viewer.send(ack=pb.Ack(segment=0))
+            while len(viewer.segments) < 18:
+                await viewer.until("segment")
+            await viewer.send(ack=pb.Ack(segment=1))
+            assert await viewer.to_end() == grpc.StatusCode.OK
+        assert [segment.num_frames for segment in viewer.segments] == 2 * [1, *[4] * 8]
+        sizes = {len(segment.data) == 64 * 96 * segment.num_frames for segment in viewer.segments}
+        assert sizes == {container == pb.CONTAINER_RAW_YUV420P}
+
+    run(scenario)
+
+
 def test_an_open_ended_session_has_no_length_before_its_end() -> None:
     async def scenario(served: Served) -> None:
         viewer = Viewer(served, served.stub.Session())

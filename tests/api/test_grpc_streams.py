@@ -97,6 +97,44 @@ def test_large_segments_are_split_and_joined_again_at_default_limits() -> None:
     run(scenario, Script(padding_bytes=3_000_000))
 
 
+def test_segments_in_sub_chunks() -> None:
+    async def scenario(served: Served) -> None:
+        spec = served.spec(output=pb.OutputOptions(sub_chunks=True))
+        events = await events_of(served.stub.Generate(pb.GenerateRequest(spec=spec)))
+        segments = [event.segment for event in events if event.WhichOneof("event") == "segment"]
+        assert [each.num_frames for each in segments] == [*(2 * [1, *[4] * 8]), 1, 3]
+        assert [each.index for each in segments] == [0] * 9 + [1] * 9 + [2] * 2
+        assert [each.start_frame for each in segments[8:12]] == [29, 33, 34, 38]
+        assert {(each.part, each.num_parts) for each in segments} == {(0, 1)}
+        assert [each.is_last for each in segments] == [False] * 19 + [True]
+        assert num_frames(video_of(events)) == FRAMES
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("sub_chunks", [False, True])
+@pytest.mark.parametrize(
+    ("container", "pixels"), [(pb.CONTAINER_RAW_RGB24, "rgb24"), (pb.CONTAINER_RAW_YUV420P, "yuv420p")]
+)
+def test_raw_frames(container: pb.Container, pixels: str, sub_chunks: bool) -> None:
+    async def scenario(served: Served) -> None:
+        spec = served.spec(output=pb.OutputOptions(container=container, sub_chunks=sub_chunks))
+        events = await events_of(served.stub.Generate(pb.GenerateRequest(spec=spec)))
+        openings = [event.accepted for event in events if event.WhichOneof("event") == "accepted"]
+        assert [(told.init_segment, told.mime_type) for told in openings] == [(b"", "")]
+        segments = [event.segment for event in events if event.WhichOneof("event") == "segment"]
+        counts = [*(2 * [1, *[4] * 8]), 1, 3] if sub_chunks else [33, 33, 4]
+        assert [each.num_frames for each in segments] == counts
+        size = 64 * 64 * 3 // (1 if pixels == "rgb24" else 2)
+        assert [len(each.data) for each in segments] == [size * count for count in counts]
+        file = served.service.file(served.service.jobs[events[-1].completed.id])
+        with av.open(io.BytesIO(file), "r") as video:
+            shown = b"".join(frame.to_ndarray(format=pixels).tobytes() for frame in video.decode(video=0))
+        assert b"".join(each.data for each in segments) == shown
+
+    run(scenario)
+
+
 def test_progress_alone() -> None:
     async def scenario(served: Served) -> None:
         spec = served.spec(output=pb.OutputOptions(inline_segments=False, sub_chunks=True))

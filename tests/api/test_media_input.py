@@ -46,6 +46,11 @@ class FakeDecoder:
             raise InvalidRequestError("video: not a video", param="video", code="media_invalid")
         return Frames(data=b"", num_frames=int(data[7:]), height=height, width=width)
 
+    def video_look(self, data: bytes) -> tuple[int, int, float]:
+        if not data.startswith(b"frames="):
+            raise InvalidRequestError("video: not a video", param="video", code="media_invalid")
+        return 30, 20, 25.0
+
     def image_size(self, data: bytes) -> tuple[int, int]:
         if not data.startswith(PNG):
             raise InvalidRequestError("image: not an image", param="image", code="media_invalid")

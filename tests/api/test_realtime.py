@@ -87,6 +87,35 @@ def test_receipts_and_event_ids_follow_a_change_through_its_transition() -> None
     run(scenario)
 
 
+def test_segments_in_parts() -> None:
+    """Of 1, 4, 4, ... frames; a change begins with the first part of its chunk, and is complete with the last one."""
+
+    async def scenario(server: Server) -> None:
+        async with server.session(**OURS, num_frames=72, max_ahead_segments=1, sub_chunks=True) as client:
+            for _ in range(9):
+                await client.segment()
+            change = {"event_id": "storm", "event": {"prompt": "a storm"}, "transition_chunks": 1}
+            await client.send("session.interaction", interaction=change)
+            await client.message("session.interaction.queued")
+            await client.send("session.ack", segment=0)
+            for _ in range(9):
+                await client.segment()
+            await client.send("session.ack", segment=1)
+            await client.closed()
+        metadata = [told for told, _ in client.segments]
+        assert [told["num_frames"] for told in metadata] == [*(2 * [1, *[4] * 8]), 1, 4, 1]
+        assert [told["transport_chunk_index"] for told in metadata] == list(range(21))
+        assert [told["generation_chunk_index"] for told in metadata] == [0] * 9 + [1] * 9 + [2] * 3
+        assert [told["start_frame"] for told in metadata[:3] + metadata[9:11]] == [0, 1, 5, 33, 34]
+        assert [told["byte_length"] for told in metadata] == [len(data) for _, data in client.segments]
+        assert [index for index, told in enumerate(metadata) if told["started_event_ids"]] == [9]
+        assert [index for index, told in enumerate(metadata) if told["active_event_ids"]] == list(range(9, 18))
+        assert [index for index, told in enumerate(metadata) if told["completed_event_ids"]] == [17]
+        assert num_frames(client.video) == 72
+
+    run(scenario)
+
+
 def test_a_newer_change_ends_the_transition_of_the_older_one() -> None:
     async def scenario(server: Server) -> None:
         async with server.session(**OURS, num_frames=165, max_ahead_segments=1) as client:

@@ -315,7 +315,9 @@ def test_the_place_of_a_session_whose_client_is_gone_is_given_away(run: Run) -> 
         engine = cast(Any, service)._engine._engine
         async with server.session(**OURS) as client:
             await client.segment()
-            state = engine._runs[client.start["request_id"]].state
+            run = engine._runs.get(client.start["request_id"])
+            assert run is not None
+            state = run.state
             cast(Any, client.socket).transport.abort()
         while not state.is_held:
             await asyncio.sleep(0.01)

@@ -320,7 +320,8 @@ class Machine:
         trail = tuple(self.values.get(ref.key) for ref in task.trail)
         first = None if task.first is None else self.values.get(task.first.key)
         conditioning = self.values.get(task.conditioning.key)
-        value = digest(task.request_id, task.chunk, conditioning, trail, first, task.generator_state)
+        state = task.generator_state if task.seed is None else digest("seed", task.seed).encode()
+        value = digest(task.request_id, task.chunk, conditioning, trail, first, state)
         self._emit(
             TaskDone(
                 task_id=task.task_id,
@@ -475,7 +476,7 @@ class World:
 
     def runs(self) -> list[RequestRun]:
         """The engine's own view of its requests."""
-        return list(self.engine._runs.values())
+        return self.engine._runs.all
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.add(request_id)

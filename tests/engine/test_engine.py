@@ -230,7 +230,7 @@ def test_requests_do_not_run_ahead_of_the_vaes() -> None:
     most = 0
     while world.engine.num_requests:
         world.run_for(0.1)
-        most = max([most, *(run.num_undecoded for run in world.engine._runs.values())])
+        most = max([most, *(run.num_undecoded for run in world.engine._runs.all)])
     world.check_history()
     assert most == 2
 

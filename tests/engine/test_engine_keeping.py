@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from helios_serve.engine.engine import MAX_UNCOMMITTED_CHUNKS
+from helios_serve.engine.runs import MAX_UNCOMMITTED_CHUNKS
 from helios_serve.errors import ConflictError
 from helios_serve.types import (
     ChunkReady,
@@ -15,11 +15,12 @@ from helios_serve.types import (
     Frames,
     PlayChanged,
     PromptChange,
+    Restart,
     Resume,
     SegmentReady,
     VideoRequest,
 )
-from tests.engine.simulation import World, expected_segments, video
+from tests.engine.simulation import World, digest, expected_segments, video
 
 
 def ready(world: World) -> World:
@@ -110,6 +111,24 @@ def test_resuming_with_a_hole_in_the_segments() -> None:
     made = [event.segment for event in again.seen["one"] if isinstance(event, SegmentReady)]
     assert [segment.chunk for segment in made] == [1, 3]
     assert [segment.media for segment in made] == [expected[1], expected[3]]
+
+
+@pytest.mark.parametrize("state", [b"", b"behind chunk 1"])
+def test_what_begins_behind_the_callers_own_chunks(state: bytes) -> None:
+    """Without a generator's state, nothing was made yet: the chunk begins from the encoder's. A chunk that begins anew
+    behind one that was made draws from its seed."""
+    request = pictured("one", num_chunks=4)
+    request = replace(request, params=replace(request.params, restarts=(Restart(chunk=2, seed=7),)))
+    world = ready(World())
+    point = Resume(next_chunk=2, records=(), generator_state=state)
+    world.requests["one"], world.seen["one"], world.times["one"] = request, [], []
+    world.engine.take(request, world.now, resume=point, has_keeper=False)
+    world.run()
+    begun = digest("seed", 7) if state else digest("generator", "one")
+    first = digest("one", 2, digest("conditioning", "one"), (), None, begun.encode())
+    second = digest("one", 3, digest("conditioning", "one"), (first,), None, digest("state", first).encode())
+    made = [event.segment.media for event in world.seen["one"] if isinstance(event, SegmentReady)]
+    assert made == [digest("media", value).encode() for value in (first, second)]
 
 
 def test_credit_limits_how_far_a_session_runs_ahead() -> None:

@@ -207,3 +207,33 @@ def test_a_pack_is_never_faster_than_its_longest_member_nor_slower_than_all_in_t
     alone = [timing.remaining_s[step] for timing, step in slots]
     assert all(f >= a - 1e-9 for f, a in zip(finish, alone, strict=True))
     assert max(finish) <= sum(alone) + 1e-9
+
+
+def test_zeroed_steps_cost_nothing_and_teach_nothing() -> None:
+    """Mid's first steps take zero flow: no forward is made for them."""
+    cost, plain = model(), video(guidance_scale=5.0, steps=(3, 2, 2), amplify_first_chunk=False)
+    zeroing = video(guidance_scale=5.0, steps=(3, 2, 2), amplify_first_chunk=False, use_zero_init=True)
+    full, short = (cost.timing(params, 0, 1) for params in (plain, zeroing))
+    assert [step.num_sequences for step in short.steps] == [0, 0, 2, 2, 2, 2, 2]
+    assert short.steps[2:] == full.steps[2:]
+    assert short.remaining_s[0] == short.remaining_s[2] == full.remaining_s[2] < full.remaining_s[0]
+    cursors = [StepCursor(chunk=0, stage=0, step=step) for step in range(3)]
+    assert [cost.step_s(1, [(zeroing, cursor)]) for cursor in cursors] == [0, 0, cost.step_s(1, [(plain, cursors[2])])]
+    mixed = [(zeroing, cursors[0]), (plain, cursors[0])]
+    assert cost.step_s(1, mixed) == cost.step_s(1, mixed[1:])
+    before = cost.to_dict()
+    idle = StepSample(num_ranks=1, steps=short.steps[:2], seconds=1e-6, steps_since_load=100)
+    assert cost.observe(idle) == 1.0
+    assert cost.to_dict() == before
+    cost.observe(StepSample(num_ranks=1, steps=(short.steps[0], full.steps[0]), seconds=0.5, steps_since_load=100))
+    other = model()
+    other.observe(StepSample(num_ranks=1, steps=(full.steps[0],), seconds=0.5, steps_since_load=100))
+    assert cost.to_dict() == other.to_dict()
+
+
+def test_zeroing_ends_with_its_stage_and_needs_guidance() -> None:
+    cost = model()
+    few = cost.timing(video(guidance_scale=5.0, use_zero_init=True, zero_steps=9, steps=(1, 2, 2)), 1, 1)
+    assert [step.num_sequences for step in few.steps] == [0, 2, 2, 2, 2]
+    unguided = cost.timing(video(use_zero_init=True), 1, 1)
+    assert all(step.num_sequences == 1 for step in unguided.steps)

@@ -15,8 +15,8 @@ from helios_serve.store.ending import JobError
 from helios_serve.store.errors import EventIdConflictError, IdempotencyKeyReusedError
 from helios_serve.store.jobs import canonical_hash
 from helios_serve.store.paging import PageRequest
-from helios_serve.store.records import Source
-from tests.store.helpers import both, finished, latents, new_job, running, segment
+from helios_serve.store.records import Given, Source
+from tests.store.helpers import INIT, both, finished, latents, new_job, running, segment
 
 SAME: dict[str, Any] = {"spec": {"prompt": "the same"}}
 
@@ -331,6 +331,32 @@ def test_an_extension_begins_with_the_chunks_of_its_source(stores: Stores) -> No
         running_one = await running(stores)
         with pytest.raises(ConflictError):
             await stores.jobs.create(new_job(source=Source(job_id=running_one.id, num_chunks=0, num_segments=0)))
+
+    asyncio.run(run())
+
+
+def test_a_job_begins_with_segments_of_its_callers(stores: Stores) -> None:
+    async def run() -> None:
+        init, *media = [await stores.blobs.put(data) for data in (INIT, b"given 0", b"given 1")]
+        job = await running(stores, num_chunks=3, pinned_chunk=None, given=Given(init=init, segments=tuple(media)))
+        assert (job.next_chunk, job.init_blob, job.bytes_stored) == (2, init.key, len(INIT) + 14)
+        point = await stores.chunks.resume_point(job.lease)
+        assert point is not None
+        assert (point.next_chunk, point.num_published, point.rng, point.undecoded) == (2, 2, None, ())
+        shown = (await stores.chunks.segments("a", job.id, 0)).chunks
+        assert [(chunk.seg_blob, chunk.seg_frames, chunk.lat_blob) for chunk in shown] == [
+            (blob.key, 33, None) for blob in media
+        ]
+        ended = await both(stores, job.lease, 2)
+        assert ended is not None
+        assert (ended.is_finished, ended.num_published) == (True, 3)
+        await stores.retention.tidy()
+        again = new_job(num_chunks=4, pinned_chunk=None, source=Source(job_id=job.id, num_chunks=3, num_segments=3))
+        await stores.jobs.create(again)
+        (job,) = await stores.leases.claim(1, job_id=again.id)
+        point = await stores.chunks.resume_point(job.lease)
+        assert point is not None
+        assert [chunk.lat_blob is None for chunk in point.trail] == [True, True, False]
 
     asyncio.run(run())
 

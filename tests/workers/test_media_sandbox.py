@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import struct
 import subprocess
@@ -255,6 +256,19 @@ def test_size_of_an_image():
     _refused(lambda: SANDBOX.image_size(_video()), "not a PNG, JPEG or WebP image")
 
 
+def test_look_of_a_video():
+    init, media = _fragments()
+    for data in (_video(), _video("webm", "libvpx-vp9"), init + media):
+        assert SANDBOX.video_look(data) == (64, 48, 24.0)
+    _refused(lambda: SANDBOX.video_look(_image()), "not an MP4 or WebM video")
+    _refused(lambda: SANDBOX.video_look(_video()[:-1]), "truncated")
+    _refused(lambda: SANDBOX.video_look(b""), "the file is empty")
+    file = io.BytesIO()
+    np.save(file, _noise(60, 90)[None])
+    assert Decoder(allow_npy=True).video_look(file.getvalue()) == (90, 60, 0.0)
+    _refused(lambda: IN_PROCESS.video_look(file.getvalue()), "not an MP4 or WebM video")
+
+
 # Hostile files
 
 
@@ -407,6 +421,9 @@ def test_an_answer_that_is_believed(failing):
     for size in ([0, 5], [5], [20_000, 5], [5.5, 5], "55"):
         _refused(lambda size=size: failing(f"print({json.dumps({'size': size})!r})").image_size(b""), "makes no sense")
     assert failing("print('{\"size\": [5, 6]}')").image_size(b"") == (5, 6)
+    for look in ([0, 5, 24.0], [5, 6], [5000, 5, 24.0], [5, 6, -1.0], [5, 6, math.inf], [5, 6, "24"]):
+        _refused(lambda look=look: failing(f"print({json.dumps({'look': look})!r})").video_look(b""), "makes no sense")
+    assert failing("print('{\"look\": [5, 6, 25.0]}')").video_look(b"") == (5, 6, 25.0)
 
 
 def test_the_process_is_given_nothing_but_the_two_files(failing):

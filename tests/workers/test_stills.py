@@ -37,6 +37,15 @@ def test_thumbnail_is_the_first_frame() -> None:
     assert grey(picture) == pytest.approx(expected(60), abs=4)
 
 
+def test_raw_frames() -> None:
+    init, media = segment(0, [60, 60, 200])
+    planes = np.frombuffer(stills.raw_frames(init, media, "yuv420p"), np.uint8).reshape(3, 96, 128)
+    assert planes[:, :64].mean((1, 2)) == pytest.approx([60, 60, 200], abs=3)
+    assert planes[:, 64:].mean() == pytest.approx(128, abs=1)
+    pictures = np.frombuffer(stills.raw_frames(init, media, "rgb24"), np.uint8).reshape(3, 64, 128, 3)
+    assert pictures.mean((1, 2, 3)) == pytest.approx([expected(60), expected(60), expected(200)], abs=4)
+
+
 def test_last_frame_is_the_last_frame() -> None:
     init, media = segment(2, [60, 60, 200])
     picture = Image.open(io.BytesIO(stills.last_frame(init, media)))
