@@ -1,22 +1,28 @@
 """The ranks of one DiT group and what they tell each other.
 
-Knows ranks, sizes and time-outs; knows no nouns. Until context parallelism every rank of a group computes the whole
-forward, so that small decisions are all that travels.
+Knows ranks, sizes, time-outs and tensors; knows no nouns. Small decisions travel as pickled objects between all ranks
+(RankGroup), rows of tensors along one axis of the mesh (Axis). Every collective is the identity at size 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
 TIMEOUT_S = 30.0
 """Patience with another rank, in seconds; after it the group is beyond repair."""
+
+
+class GroupBrokenError(RuntimeError):
+    """A rank has left a forward that the others are in, or never entered it: only a new group helps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +47,7 @@ class RankGroup:
         return box[0]
 
     def close(self) -> None:
-        """Leaves the group."""
+        """Leaves the group, and every axis made of it."""
         if self.size > 1:
             dist.destroy_process_group()
 
@@ -57,3 +63,84 @@ def connect(rank: int, size: int, address: str, timeout_s: float = TIMEOUT_S) ->
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size, timeout=timeout)
     return RankGroup(rank=rank, size=size, timeout_s=timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Rows on their way between two ranks. Both tensors belong to it until `wait` returns."""
+
+    works: tuple[dist.Work, ...] = ()
+
+    def wait(self) -> None:
+        """Until what was received may be read and what was sent may be overwritten: by the host on CPU, by what is
+        launched from now on on a GPU.
+
+        Raises: RuntimeError when the other rank is gone.
+        """
+        for work in self.works:
+            work.wait()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """Ranks that exchange rows of tensors, and this process's place among them.
+
+    ranks: their ranks in the default process group, in the order of the axis. group: theirs; None at size 1.
+    """
+
+    rank: int = 0
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def all_to_all(self, blocks: Tensor) -> Tensor:
+        """(p, ...) with block i for rank i -> (p, ...) with block i from rank i. Contiguous, one shape on all ranks."""
+        if self.size == 1:
+            return blocks
+        received = torch.empty_like(blocks)
+        dist.all_to_all_single(received, blocks, group=self.group)
+        return received
+
+    def all_gather(self, block: Tensor) -> Tensor:
+        """(N, ...) on each rank -> (p * N, ...) on all. Contiguous, one shape on all ranks."""
+        if self.size == 1:
+            return block
+        gathered = torch.empty((self.size * len(block), *block.shape[1:]), dtype=block.dtype, device=block.device)
+        dist.all_gather(list(gathered.split(len(block))), block, group=self.group)
+        return gathered
+
+    def rotate(self, sent: Tensor, received: Tensor) -> Transfer:
+        """Begins to send a tensor to the next rank and to receive the previous one's. Contiguous, of one shape on all
+        ranks; at size 1 nothing is received."""
+        if self.size == 1:
+            return Transfer()
+        following, previous = self.ranks[(self.rank + 1) % self.size], self.ranks[self.rank - 1]
+        steps = [
+            dist.P2POp(dist.isend, sent, following, self.group),
+            dist.P2POp(dist.irecv, received, previous, self.group),
+        ]
+        return Transfer(tuple(dist.batch_isend_irecv(steps)))
+
+
+ALONE = Axis()
+"""The axis of one rank."""
+
+
+def make_axis(lines: Sequence[Sequence[int]], rank: int, backend: str, timeout_s: float = TIMEOUT_S) -> Axis:
+    """The axis on whose line `rank` stands. All ranks of the default process group call it at the same time.
+
+    Args:
+        lines: ranks that exchange with each other; every rank is on one line, all lines are of one length.
+        backend: gloo for CPU, nccl for GPUs.
+    """
+    own = Axis(ranks=(rank,))
+    for line in lines:
+        group = None
+        if len(line) > 1:
+            group = dist.new_group(list(line), timeout=timedelta(seconds=timeout_s), backend=backend)
+        if rank in line:
+            own = Axis(rank=line.index(rank), ranks=tuple(line), group=group)
+    return own

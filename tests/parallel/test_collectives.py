@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 
 from helios_serve.parallel.collectives import RankGroup, connect
+from tests.parallel.ranks import Body, run_ranks
 
-JOIN_S = 60
 VALUES = [None, 7, ("fox", "owl"), {"key": [1.5, b"bytes"]}, "x" * 100_000]
-
-Body = Callable[[RankGroup, Connection], None]
 
 
 def run_two(tmp_path: Path, body: Body, timeout_s: float = 30.0) -> list[list[object]]:
-    """Runs `body` on both ranks; what each sent, by rank."""
-    context = multiprocessing.get_context("spawn")
-    address = f"file://{tmp_path}/meeting"
-    ends, processes, ready = [], [], context.Barrier(2)
-    for rank in range(2):
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(rank, address, timeout_s, ready, body, there))
-        process.start()
-        there.close()
-        ends.append(here)
-        processes.append(process)
-    try:
-        return [_everything(end) for end in ends]
-    finally:
-        for process in processes:
-            process.join(JOIN_S)
-            process.kill()
-            process.join()
-            process.close()
-        for end in ends:
-            end.close()
-
-
-def _rank(rank: int, address: str, timeout_s: float, ready: Barrier, body: Body, end: Connection) -> None:
-    ready.wait(JOIN_S)
-    ranks = connect(rank, 2, address, timeout_s)
-    body(ranks, end)
-    end.close()
-    ranks.close()
-
-
-def _everything(end: Connection) -> list[object]:
-    received = []
-    deadline = time.monotonic() + JOIN_S
-    while end.poll(max(0.0, deadline - time.monotonic())):
-        try:
-            received.append(end.recv())
-        except EOFError:
-            return received
-    raise TimeoutError("a rank did not end")
+    return run_ranks(2, tmp_path, body, timeout_s)
 
 
 def _exchange(ranks: RankGroup, end: Connection) -> None:
