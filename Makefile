@@ -7,7 +7,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-faults test-browser check fix proto docs clean
+.PHONY: help setup serve test test-faults test-browser test-gpu bench-gpu check fix proto docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
@@ -32,6 +32,12 @@ test-faults: $(READY) ## Kill, freeze and crash the workers of a real Ray cluste
 
 test-browser: $(READY) ## Drive the page in Chromium; skips, naming what is missing, without it
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser $(ARGS)
+
+test-gpu: $(READY) ## Compiled kernels against their definitions on a CUDA device; skips, naming what is missing, without it
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu $(ARGS)
+
+bench-gpu: $(READY) ## Build, check and time everything on one GPU; ARGS="--rehearse" for a tiny run on the CPU
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 check: $(READY) ## Format, lint, types and import rules
 	$(BIN)/ruff format --check .

@@ -19,6 +19,7 @@ from helios_serve.api.keys_cli import keys_app
 from helios_serve.config import Device, DType, ModelConfig
 from helios_serve.errors import HeliosError, InvalidRequestError
 from helios_serve.logs import configure_logging
+from helios_serve.quantize_cli import quantize
 from helios_serve.settings import assignments, load_settings
 from helios_serve.types import Variant
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_app, name="keys")
+app.command("quantize")(quantize)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "bfloat16"]
 Offload = Literal["none", "text_encoder", "all"]
+Attention = Literal["auto", "fa3", "cudnn", "flash", "efficient", "triton", "flashinfer", "xformers", "cpu", "math"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +23,11 @@ class ModelConfig:
     dtype: of the transformer and the text encoder. offload: what stays in host memory and visits the device layer by
     layer: nothing, the text encoder, or all that has many layers, for devices of 8 GB. quantize: fp8 rounds the
     transformer's weights when they are loaded, and its activations as they come; an approximation, experimental until
-    its quality is shown on trained weights. vae_precision: in which the VAE decodes, fp32 as the official pipelines do;
-    None is bf16 on cuda, fp32 on cpu. The VAE always encodes in fp32.
+    its quality is shown on trained weights. vae_precision: in which the VAE decodes, fp32 as the official pipelines
+    do; None is bf16 on cuda, fp32 on cpu. The VAE always encodes in fp32. attention: the library that computes the
+    transformer's self-attention; auto takes the fastest that is installed and runs on the device. weights: random
+    draws them where they are to stay and reads the checkpoint's configuration and tokenizer alone, to measure a
+    machine.
     """
 
     model: str
@@ -32,6 +36,8 @@ class ModelConfig:
     offload: Offload = "none"
     quantize: Literal["none", "fp8"] = "none"
     vae_precision: Literal["fp32", "bf16"] | None = None
+    attention: Attention = "auto"
+    weights: Literal["checkpoint", "random"] = "checkpoint"
 
     @property
     def served_name(self) -> str:

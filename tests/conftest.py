@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: tests of kernels need no GPU
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: tests of kernels need no GPU
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

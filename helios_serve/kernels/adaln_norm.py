@@ -1,6 +1,7 @@
 """LayerNorm with modulation by row index, alone and fused with the residual that precedes it.
 
-One program per token: it reads its row once, keeps it in registers and writes each result once. Statistics are float32
+One program per token: it reads its row once, keeps it in registers and writes each result once. The tables, which are
+larger than the rows and the same for most tokens, stay in the first-level cache. Statistics are float32
 (float64 for float64 inputs). Products and sums are rounded one by one, as in the reference: nothing is contracted to a
 fused multiply-add. A result is stored in the dtype of `x`, or rounded on to e4m3 with a scale per row.
 """
@@ -13,19 +14,17 @@ import torch
 from torch import Tensor
 
 from helios_serve.kernels import reference
-from helios_serve.kernels.launch import Specialisation, accumulator, block_of, jit, num_warps, operator, tl, warps_for
-from helios_serve.kernels.quantize_rows import store_row
+from helios_serve.kernels.launch import Specialisation, accumulator, default_plan, jit, operator, row_plan, tl
+from helios_serve.kernels.row_parts import (
+    load_part,
+    load_row,
+    normed_row,
+    scaled_row,
+    store_quantized_row,
+    store_row,
+)
 
 _EXACT = {"enable_fp_fusion": False}
-
-
-@jit
-def _normed(value, is_inside, D: tl.constexpr, EPS: tl.constexpr):
-    """(x - mean) / sqrt(variance + eps) of a row in registers."""
-    mean = tl.sum(value, 0) / D
-    centred = tl.where(is_inside, value - mean, 0.0)
-    variance = tl.sum(centred * centred, 0) / D
-    return centred * (1.0 / tl.sqrt(variance + EPS))
 
 
 @jit
@@ -46,16 +45,14 @@ def _layer_norm_kernel(
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    is_inside = columns < D
-    value = tl.load(x_ptr + token * D + columns, mask=is_inside, other=0.0).to(WIDE)
     row = tl.load(row_ptr + token).to(tl.int64) if IS_MODULATED else 0
-    shift = tl.load(shift_ptr + row * shift_stride + columns, mask=is_inside, other=0.0).to(WIDE)
-    scale = tl.load(scale_ptr + row * scale_stride + columns, mask=is_inside, other=0.0).to(WIDE)
-    if IS_MODULATED:
-        scale = 1.0 + scale
-    out = _normed(value, is_inside, D, EPS) * scale + shift
-    store_row(out, x_ptr, out_ptr, row_scale_ptr, token, columns, is_inside, D, IS_FP8)
+    parts = normed_row(load_row(x_ptr + token * D, D, WIDE, BLOCK), D, EPS, BLOCK)
+    scale_ptr, shift_ptr = scale_ptr + row * scale_stride, shift_ptr + row * shift_stride
+    parts = scaled_row(parts, scale_ptr, shift_ptr, IS_MODULATED, D, WIDE, BLOCK)
+    if IS_FP8:
+        store_quantized_row(parts, x_ptr.dtype.element_ty, out_ptr + token * D, row_scale_ptr + token, D, BLOCK)
+    else:
+        store_row(parts, out_ptr + token * D, D, BLOCK)
 
 
 @jit
@@ -84,28 +81,31 @@ def _gated_residual_norm_kernel(
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    is_inside = columns < D
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.load(row_ptr + token).to(tl.int64)
-    x = tl.load(x_ptr + token * D + columns, mask=is_inside, other=0.0).to(WIDE)
-    y = tl.load(y_ptr + token * D + columns, mask=is_inside, other=0.0).to(WIDE)
-    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=is_inside, other=0.0).to(WIDE)
-    added = (x + y * gate).to(x_ptr.dtype.element_ty)
-    tl.store(x_ptr + token * D + columns, added, mask=is_inside)
-    normed = _normed(added.to(WIDE), is_inside, D, EPS)
+    x, y = load_row(x_ptr + token * D, D, WIDE, BLOCK), load_row(y_ptr + token * D, D, WIDE, BLOCK)
+    added = ()
+    for start in tl.static_range(0, D, BLOCK):
+        gate = load_part(gate_ptr + row * gate_stride, start, D, WIDE, BLOCK)
+        added += ((x[start // BLOCK] + y[start // BLOCK] * gate).to(dtype).to(WIDE),)
+    store_row(added, x_ptr + token * D, D, BLOCK)
+    normed = normed_row(added, D, EPS, BLOCK)
     place = -1
     if IS_SPLIT:
         place = tl.load(place_ptr + token).to(tl.int64)
         if place >= 0:
-            weight = tl.load(weight_ptr + columns, mask=is_inside, other=0.0).to(WIDE)
-            bias = tl.load(bias_ptr + columns, mask=is_inside, other=0.0).to(WIDE)
-            out = normed * weight + bias
-            store_row(out, x_ptr, current_ptr, current_scale_ptr, place, columns, is_inside, D, IS_FP8)
+            parts = scaled_row(normed, weight_ptr, bias_ptr, False, D, WIDE, BLOCK)
+            if IS_FP8:
+                store_quantized_row(parts, dtype, current_ptr + place * D, current_scale_ptr + place, D, BLOCK)
+            else:
+                store_row(parts, current_ptr + place * D, D, BLOCK)
     if place < 0:
-        shift = tl.load(shift_ptr + row * shift_stride + columns, mask=is_inside, other=0.0).to(WIDE)
-        scale = tl.load(scale_ptr + row * scale_stride + columns, mask=is_inside, other=0.0).to(WIDE)
-        out = normed * (1.0 + scale) + shift
-        store_row(out, x_ptr, normed_ptr, normed_scale_ptr, token, columns, is_inside, D, IS_FP8)
+        scale_ptr, shift_ptr = scale_ptr + row * scale_stride, shift_ptr + row * shift_stride
+        parts = scaled_row(normed, scale_ptr, shift_ptr, True, D, WIDE, BLOCK)
+        if IS_FP8:
+            store_quantized_row(parts, dtype, normed_ptr + token * D, normed_scale_ptr + token, D, BLOCK)
+        else:
+            store_row(parts, normed_ptr + token * D, D, BLOCK)
 
 
 @jit
@@ -128,17 +128,19 @@ def _residual_scatter_norm_kernel(
 ):
     place = tl.program_id(0).to(tl.int64)
     token = tl.load(index_ptr + place).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    is_inside = columns < D
     row = tl.load(row_ptr + token).to(tl.int64)
-    x = tl.load(x_ptr + token * D + columns, mask=is_inside, other=0.0).to(WIDE)
-    y = tl.load(y_ptr + place * D + columns, mask=is_inside, other=0.0).to(WIDE)
-    added = (x + y).to(x_ptr.dtype.element_ty)
-    tl.store(x_ptr + token * D + columns, added, mask=is_inside)
-    shift = tl.load(shift_ptr + row * shift_stride + columns, mask=is_inside, other=0.0).to(WIDE)
-    scale = tl.load(scale_ptr + row * scale_stride + columns, mask=is_inside, other=0.0).to(WIDE)
-    out = _normed(added.to(WIDE), is_inside, D, EPS) * (1.0 + scale) + shift
-    store_row(out, x_ptr, normed_ptr, normed_scale_ptr, token, columns, is_inside, D, IS_FP8)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x, y = load_row(x_ptr + token * D, D, WIDE, BLOCK), load_row(y_ptr + place * D, D, WIDE, BLOCK)
+    added = ()
+    for start in tl.static_range(0, D, BLOCK):
+        added += ((x[start // BLOCK] + y[start // BLOCK]).to(dtype).to(WIDE),)
+    store_row(added, x_ptr + token * D, D, BLOCK)
+    scale_ptr, shift_ptr = scale_ptr + row * scale_stride, shift_ptr + row * shift_stride
+    parts = scaled_row(normed_row(added, D, EPS, BLOCK), scale_ptr, shift_ptr, True, D, WIDE, BLOCK)
+    if IS_FP8:
+        store_quantized_row(parts, dtype, normed_ptr + token * D, normed_scale_ptr + token, D, BLOCK)
+    else:
+        store_row(parts, normed_ptr + token * D, D, BLOCK)
 
 
 def launch_layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float) -> Tensor:
@@ -159,8 +161,9 @@ def launch_norm(
     x: Tensor, shift: Tensor, scale: Tensor, row: Tensor | None, eps: float, out: Tensor, row_scale: Tensor | None
 ) -> None:
     """Both norms; with `row_scale` [N, 1] float32 the result `out` [N, D] is e4m3."""
-    _check_rows(x, shift, scale, out)
-    block = block_of(x.shape[1])
+    _check_rows(x, out)
+    _check_tables(shift, scale)
+    plan = row_plan(_layer_norm_kernel, x.shape[1], x.device)
     _layer_norm_kernel[(len(x),)](
         x,
         shift,
@@ -175,8 +178,8 @@ def launch_norm(
         IS_MODULATED=row is not None,
         IS_FP8=row_scale is not None,
         WIDE=accumulator(x),
-        BLOCK=block,
-        num_warps=num_warps(_layer_norm_kernel, block, x.device),
+        BLOCK=plan.block,
+        num_warps=plan.num_warps,
         **_EXACT,
     )
 
@@ -225,10 +228,9 @@ def launch_residual(
     current_scale: Tensor | None,
 ) -> None:
     """All residuals with a gate; with scales [., 1] float32 the results are e4m3."""
-    _check_rows(x, y, gate, shift, scale)
-    _check_rows(*(tensor for tensor in (normed, current, weight, bias) if tensor is not None))
-    assert current is None or current.is_contiguous()
-    block = block_of(x.shape[1])
+    _check_rows(x, y, normed, *(() if current is None else (current,)))
+    _check_tables(gate, shift, scale)
+    plan = row_plan(_gated_residual_norm_kernel, x.shape[1], x.device)
     _gated_residual_norm_kernel[(len(x),)](
         x,
         y,
@@ -251,8 +253,8 @@ def launch_residual(
         IS_SPLIT=current_place is not None,
         IS_FP8=normed_scale is not None,
         WIDE=accumulator(x),
-        BLOCK=block,
-        num_warps=num_warps(_gated_residual_norm_kernel, block, x.device),
+        BLOCK=plan.block,
+        num_warps=plan.num_warps,
         **_EXACT,
     )
 
@@ -276,8 +278,9 @@ def launch_scatter(
     normed_scale: Tensor | None,
 ) -> None:
     """The same; with `normed_scale` [N, 1] float32 the result is e4m3."""
-    _check_rows(x, y, shift, scale, normed)
-    block = block_of(x.shape[1])
+    _check_rows(x, y, normed)
+    _check_tables(shift, scale)
+    plan = row_plan(_residual_scatter_norm_kernel, x.shape[1], x.device)
     _residual_scatter_norm_kernel[(len(y),)](
         x,
         y,
@@ -293,16 +296,20 @@ def launch_scatter(
         EPS=eps,
         IS_FP8=normed_scale is not None,
         WIDE=accumulator(x),
-        BLOCK=block,
-        num_warps=num_warps(_residual_scatter_norm_kernel, block, x.device),
+        BLOCK=plan.block,
+        num_warps=plan.num_warps,
         **_EXACT,
     )
 
 
 def _check_rows(*tensors: Tensor) -> None:
-    """Kernels walk along rows; those of activations lie back to back."""
-    assert all(tensor.stride(-1) == 1 for tensor in tensors)
-    assert tensors[0].is_contiguous()
+    """Those of activations lie back to back."""
+    assert all(tensor.is_contiguous() for tensor in tensors)
+
+
+def _check_tables(*tables: Tensor) -> None:
+    """Kernels walk along their rows, which may be apart."""
+    assert all(table.stride(-1) == 1 for table in tables)
 
 
 layer_norm_modulate = operator(
@@ -346,8 +353,8 @@ def specialisations(width: int) -> tuple[Specialisation, ...]:
 
 
 def _specialisations(width: int, *, is_fp8: bool) -> tuple[Specialisation, ...]:
-    block = block_of(width)
-    always = {"D": width, "EPS": 1e-6, "WIDE": tl.float32, "BLOCK": block, "IS_FP8": is_fp8}
+    plan = default_plan(width)
+    always = {"D": width, "EPS": 1e-6, "WIDE": tl.float32, "BLOCK": plan.block, "IS_FP8": is_fp8}
     result = "*fp8e4nv" if is_fp8 else "*bf16"
     tables = {"shift_ptr": "*fp32", "scale_ptr": "*fp32", "shift_stride": "i32", "scale_stride": "i32"}
     norm = {"x_ptr": "*bf16", "out_ptr": result, "row_scale_ptr": "*fp32", **tables}
@@ -372,7 +379,7 @@ def _specialisations(width: int, *, is_fp8: bool) -> tuple[Specialisation, ...]:
             kernel=kernel,
             types={argument: kind for argument, kind in types.items() if argument not in absent},
             constants={**always, **constants, **{key: None for key in absent if key in kernel.arg_names}},
-            num_warps=warps_for(block),
+            num_warps=plan.num_warps,
             is_contracted=False,
             min_capability=90 if is_fp8 else 80,
         )

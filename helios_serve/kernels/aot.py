@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,8 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from helios_serve.kernels import adaln_norm, vae_epilogue, vae_norm_silu, yuv
-from helios_serve.kernels.launch import Specialisation, read_tuned, tuning_key
+from helios_serve.kernels import adaln_norm, cross_attention, vae_epilogue, vae_norm_silu, yuv
+from helios_serve.kernels.attention.triton_attention import specialisations as attending_specialisations
+from helios_serve.kernels.launch import RowPlan, Specialisation, read_tuned, row_key
+from helios_serve.kernels.merge_attention import specialisations as merging_specialisations
 from helios_serve.kernels.qk_norm_rope import specialisations as qk_specialisations
 from helios_serve.kernels.quantize_rows import specialisations as quantising_specialisations
 
@@ -53,27 +55,39 @@ class Usage:
 
 
 def all_specialisations() -> list[Specialisation]:
-    """As launched where nothing was tuned, then with each number of warps that was."""
+    """As launched where nothing was tuned, then as tuned."""
     plain = (
         *adaln_norm.specialisations(WIDTH),
         *qk_specialisations(WIDTH, HEAD_DIM),
-        *quantising_specialisations((WIDTH, FFN_WIDTH)),
+        *quantising_specialisations(WIDTH, FFN_WIDTH),
         *vae_norm_silu.specialisations(VAE_WIDTHS),
         *vae_epilogue.specialisations(VAE_WIDTHS),
         *yuv.specialisations(),
     )
-    tables = [tables.get("num_warps", {}) for tables in read_tuned().values()]
-    tuned = [
-        replace(one, name=f"{one.name}_{warps}w", num_warps=warps) for one in plain for warps in _warps(one, tables)
-    ]
-    return [*plain, *tuned]
+    of_attention = (
+        *attending_specialisations(HEAD_DIM),
+        *merging_specialisations(HEAD_DIM),
+        *cross_attention.specialisations(WIDTH // HEAD_DIM, HEAD_DIM),
+    )
+    return [*plain, *(tuned for one in plain for tuned in _tuned(one)), *of_attention]
 
 
-def _warps(one: Specialisation, tables: Sequence[Mapping[str, int]]) -> list[int]:
-    if "BLOCK" not in one.constants:
+def _tuned(one: Specialisation) -> list[Specialisation]:
+    """With each plan of a row that was measured to be better than the default."""
+    if "D" not in one.constants:
         return []
-    key = tuning_key(one.kernel, one.constants["BLOCK"])
-    return sorted({table[key] for table in tables if key in table} - {one.num_warps})
+    key = row_key(one.kernel, one.constants["D"])
+    found = {RowPlan(**tables["rows"][key]) for tables in read_tuned().values() if key in tables.get("rows", {})}
+    default = RowPlan(block=one.constants["BLOCK"], num_warps=one.num_warps)
+    return [
+        replace(
+            one,
+            name=f"{one.name}_{plan.block}x{plan.num_warps}w",
+            constants={**one.constants, "BLOCK": plan.block},
+            num_warps=plan.num_warps,
+        )
+        for plan in sorted(found - {default}, key=lambda plan: (plan.block, plan.num_warps))
+    ]
 
 
 def compile_one(one: Specialisation, capability: int) -> Usage:
@@ -86,7 +100,7 @@ def compile_one(one: Specialisation, capability: int) -> Usage:
     compiled = triton.compile(
         ASTSource(one.kernel, types, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": one.num_warps, "enable_fp_fusion": one.is_contracted},
+        options={"num_warps": one.num_warps, "num_stages": one.num_stages, "enable_fp_fusion": one.is_contracted},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -115,7 +129,7 @@ def main(arguments: Sequence[str]) -> None:
         compile_one(one, capability)
         for one in all_specialisations()
         for capability in CAPABILITIES
-        if capability >= one.min_capability
+        if one.min_capability <= capability <= one.max_capability
     ]
     text = json.dumps({"triton": triton.__version__, "kernels": [asdict(usage) for usage in usages]}, indent=1)
     if arguments[:1] == ["--json"]:

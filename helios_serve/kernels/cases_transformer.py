@@ -25,15 +25,22 @@ from helios_serve.kernels.qk_norm_rope import (
     reference_qk_norm_rope_,
     rms_norm,
 )
-from helios_serve.kernels.quantize_rows import launch_quantize_rows, quantize_rows
+from helios_serve.kernels.quantize_rows import (
+    gelu_quantize_rows,
+    launch_gelu_quantize_rows,
+    launch_quantize_rows,
+    quantize_rows,
+)
 
 EPS = 1e-6
 NUM_ROWS = 3  # of the modulation: the history's and two requests'
 SPARE = 2  # rows of `current` that nobody writes
 
 _ODD_NORMS = ((0, 1, 40), (27, 40, 96), (5, 8, 130))
+_FEW_NORMS = ((0, 1, 5120), (27, 40, 5120))
 _SERVED_NORMS = ((2400, 540, 5120), (2400, 2160, 5120), (2400, 8640, 5120))
 _ODD_ROTATIONS = ((1, 1, 12, 0), (67, 5, 8, 5), (13, 40, 8, 1))
+_FEW_ROTATIONS = ((1, 40, 128, 40), (67, 40, 128, 40))
 _SERVED_ROTATIONS = tuple((tokens, 40, 128, scales) for tokens in (2940, 4560, 11040) for scales in (0, 40))
 
 
@@ -161,6 +168,7 @@ CASES = (
         reference=reference.layer_norm_modulate,
         inputs=_modulated,
         odd=_ODD_NORMS,
+        few=_FEW_NORMS,
         served=_SERVED_NORMS,
     ),
     OpCase(
@@ -170,6 +178,7 @@ CASES = (
         reference=reference.layer_norm,
         inputs=_plain,
         odd=_ODD_NORMS,
+        few=_FEW_NORMS,
         served=_SERVED_NORMS,
     ),
     OpCase(
@@ -180,6 +189,7 @@ CASES = (
         inputs=_gated,
         written=(0,),
         odd=_ODD_NORMS,
+        few=_FEW_NORMS,
         served=_SERVED_NORMS,
     ),
     OpCase(
@@ -190,6 +200,7 @@ CASES = (
         inputs=_split,
         written=(0, 10, 11),
         odd=_ODD_NORMS,
+        few=_FEW_NORMS,
         served=_SERVED_NORMS,
     ),
     OpCase(
@@ -200,6 +211,7 @@ CASES = (
         inputs=_scattered,
         written=(0, 7),
         odd=_ODD_NORMS,
+        few=_FEW_NORMS,
         served=_SERVED_NORMS,
     ),
     OpCase(
@@ -209,6 +221,7 @@ CASES = (
         reference=reference_fp8.layer_norm_modulate_fp8,
         inputs=_modulated,
         odd=_ODD_NORMS,
+        few=_FEW_NORMS,
         served=_SERVED_NORMS,
     ),
     OpCase(
@@ -219,6 +232,7 @@ CASES = (
         inputs=_gated,
         written=(0,),
         odd=_ODD_NORMS,
+        few=_FEW_NORMS,
         served=_SERVED_NORMS,
     ),
     OpCase(
@@ -229,6 +243,7 @@ CASES = (
         inputs=_with_fp8_results(_split, (10, 11)),
         written=(0, 10, 11, 12, 13),
         odd=_ODD_NORMS,
+        few=_FEW_NORMS,
         served=_SERVED_NORMS,
     ),
     OpCase(
@@ -239,6 +254,7 @@ CASES = (
         inputs=_with_fp8_results(_scattered, (7,)),
         written=(0, 7, 8),
         odd=_ODD_NORMS,
+        few=_FEW_NORMS,
         served=_SERVED_NORMS,
     ),
     OpCase(
@@ -249,7 +265,18 @@ CASES = (
         inputs=_rows,
         is_exact=True,
         odd=((1, 40), (67, 96), (13, 130)),
-        served=((2940, 5120), (11040, 5120), (2940, 13824), (11040, 13824)),
+        few=((1, 5120), (67, 13824)),
+        served=((2940, 5120), (4560, 5120), (11040, 5120)),
+    ),
+    OpCase(
+        name="gelu_quantize_rows",
+        operator=gelu_quantize_rows,
+        launch=launch_gelu_quantize_rows,
+        reference=reference_fp8.gelu_quantize_rows,
+        inputs=_rows,
+        odd=((1, 40), (67, 96), (13, 130)),
+        few=((1, 13824), (67, 13824)),
+        served=((2940, 13824), (4560, 13824), (11040, 13824)),
     ),
     OpCase(
         name="qk_norm_rope",
@@ -259,6 +286,7 @@ CASES = (
         inputs=_fused_projection,
         written=(0,),
         odd=_ODD_ROTATIONS,
+        few=_FEW_ROTATIONS,
         served=_SERVED_ROTATIONS,
     ),
     OpCase(
@@ -268,6 +296,7 @@ CASES = (
         reference=reference.norm_rope,
         inputs=_one_projection,
         odd=_ODD_ROTATIONS,
+        few=_FEW_ROTATIONS,
         served=_SERVED_ROTATIONS,
     ),
     OpCase(
@@ -277,6 +306,7 @@ CASES = (
         reference=reference.rms_norm,
         inputs=_weighted,
         odd=((1, 40), (67, 96), (13, 130)),
+        few=((1, 5120), (67, 5120)),
         served=((540, 5120), (2160, 5120), (8640, 5120)),
     ),
     OpCase(
@@ -286,6 +316,7 @@ CASES = (
         reference=reference.linear_gelu,
         inputs=_linear,
         odd=((1, 40, 24), (67, 24, 40), (13, 130, 7)),
+        few=((1, 5120, 13824), (67, 5120, 13824)),
         served=((2940, 5120, 13824), (4560, 5120, 13824), (11040, 5120, 13824)),
     ),
 )

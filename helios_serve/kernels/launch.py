@@ -33,10 +33,8 @@ else:
 
 
 TUNED = Path(__file__).with_name("tuned.json")
-"""What was measured: for each name of a device its tables, such as `num_warps` by kernel and block. What it lacks is
-chosen by a plain function of the shape."""
-NUM_WARPS = (4, 8, 16)
-"""Candidates for tuning kernels that hold a row in registers."""
+"""What was measured: for each name of a device its tables, such as `rows` by kernel and width. What it lacks is chosen
+by a plain function of the shape."""
 _LIBRARY = torch.library.Library("helios", "DEF")
 
 
@@ -72,7 +70,8 @@ class Specialisation:
     """A kernel as a server would launch it, to be compiled ahead of time.
 
     name: unique among all. types: Triton's type of each argument that varies, such as "*bf16", "*fp32" or "i32"; all
-    are taken as divisible by 16. constants: the other arguments. min_capability: of devices that can run it, times 10.
+    are taken as divisible by 16. constants: the other arguments. num_stages: blocks in flight in a loop.
+    min_capability, max_capability: of the devices that it is launched on, times 10.
     """
 
     name: str
@@ -80,8 +79,10 @@ class Specialisation:
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     num_warps: int
+    num_stages: int = 3
     is_contracted: bool = True
     min_capability: int = 80
+    max_capability: int = 100
 
 
 def accumulator(x: Tensor) -> Any:
@@ -94,33 +95,52 @@ def block_of(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
-def warps_for(block: int) -> int:
-    """So that a thread holds 32 values of a row, or fewer."""
-    return min(16, max(1, block // 1024))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """How one program covers a row: in parts of `block` values, a power of two, with so many warps."""
+
+    block: int
+    num_warps: int
 
 
-def num_warps(kernel: Any, block: int, device: torch.device) -> int:
-    """As measured on devices of that name, else `warps_for`."""
-    warps: int = tuned("num_warps", device).get(tuning_key(kernel, block), warps_for(block))
-    return warps
+def default_plan(width: int) -> RowPlan:
+    """Parts so short that less than an eighth of the threads idle; 8 values for a thread, 16 bytes of bfloat16."""
+    block = max(16, block_of(width) // 8)
+    return RowPlan(block=block, num_warps=min(16, max(1, block // 256)))
 
 
-def tuning_key(kernel: Any, block: int) -> str:
-    """In the table `num_warps`."""
-    return f"{kernel.__name__.strip('_')}/{block}"
+def candidate_plans(width: int) -> tuple[RowPlan, ...]:
+    """What is worth measuring: rows in parts and in one piece. A thread loads 16 bytes of bfloat16 at once and holds at
+    most 112 values, as many as fit into registers."""
+    part, whole = default_plan(width).block, block_of(width)
+    sizes = ((part, 2), (part, 4), (part, 8), (2 * part, 4), (2 * part, 8), (whole, 8), (whole, 16))
+    plans = dict.fromkeys(RowPlan(block=block, num_warps=warps) for block, warps in sizes)
+    return tuple(plan for plan in plans if plan.block >= 256 * plan.num_warps and width <= 112 * 32 * plan.num_warps)
+
+
+def row_plan(kernel: Any, width: int, device: torch.device) -> RowPlan:
+    """As measured on devices of that name, else the default."""
+    found = tuned("rows", device).get(row_key(kernel, width))
+    return default_plan(width) if found is None else RowPlan(**found)
+
+
+def row_key(kernel: Any, width: int) -> str:
+    """In the table `rows`."""
+    return f"{kernel.__name__.strip('_')}/{width}"
 
 
 @cache
-def tuned(table: str, device: torch.device) -> Mapping[str, Any]:
-    """What was measured on devices of that name; empty if nothing was."""
+def tuned(table: str, device: torch.device) -> dict[str, Any]:
+    """What was measured on devices of that name, empty if nothing was; the dictionary itself, in which a tuner tries
+    its candidates."""
     if device.type != "cuda":
         return {}
-    found: Mapping[str, Any] = read_tuned().get(torch.cuda.get_device_name(device), {}).get(table, {})
+    found: dict[str, Any] = read_tuned().setdefault(torch.cuda.get_device_name(device), {}).setdefault(table, {})
     return found
 
 
 @cache
-def read_tuned() -> Mapping[str, Mapping[str, Any]]:
+def read_tuned() -> dict[str, dict[str, Any]]:
     """All that ships in `TUNED`."""
-    tables: dict[str, Mapping[str, Any]] = json.loads(TUNED.read_text(encoding="utf-8"))
+    tables: dict[str, dict[str, Any]] = json.loads(TUNED.read_text(encoding="utf-8"))
     return tables

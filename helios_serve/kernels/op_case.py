@@ -22,7 +22,7 @@ class OpCase:
 
     inputs: makes the arguments on the default device from a shape and a dtype; what is only written is NaN. written:
     indices of the arguments that are changed. is_exact: kernel and reference agree in every bit. odd: shapes for tests.
-    served: shapes of a 640x384 chunk of the 14B model.
+    few: a few rows as wide as the 14B model's, for tests on a GPU. served: shapes of a 640x384 chunk of that model.
     """
 
     name: str
@@ -33,6 +33,7 @@ class OpCase:
     written: tuple[int, ...] = ()
     is_exact: bool = False
     odd: tuple[Shape, ...]
+    few: tuple[Shape, ...] = ()
     served: tuple[Shape, ...]
 
     def outcome(self, run: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from helios_serve.kernels import reference
-from helios_serve.kernels.launch import Specialisation, accumulator, block_of, jit, num_warps, operator, tl, warps_for
+from helios_serve.kernels.launch import Specialisation, accumulator, default_plan, jit, operator, row_plan, tl
+from helios_serve.kernels.row_parts import load_part, load_row
 
 _EXACT = {"enable_fp_fusion": False}
 
@@ -41,28 +42,30 @@ def _norm_rope_kernel(
     """KEYS: which tensor of the two is the keys, the only one that the history scale changes."""
     token = tl.program_id(0).to(tl.int64)
     tensor = tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
-    is_inside = columns < D
-    x = tl.load(x_ptr + token * token_stride + tensor * tensor_stride + columns, mask=is_inside, other=0.0).to(WIDE)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     weight_ptr = q_weight_ptr if tensor == 0 else k_weight_ptr
-    weight = tl.load(weight_ptr + columns, mask=is_inside, other=0.0).to(WIDE)
-    mean_square = tl.sum(x * x, 0) / D
-    out = (x * (1.0 / tl.sqrt(mean_square + EPS)) * weight).to(x_ptr.dtype.element_ty)
-    if IS_ROTATED:
-        even, odd = tl.split(tl.reshape(out.to(WIDE), (BLOCK // 2, 2)))
-        pair = tl.arange(0, BLOCK // 2)
-        angle = rotary_ptr + token * HEAD + pair % (HEAD // 2)
-        is_pair = pair < D // 2
-        cos = tl.load(angle, mask=is_pair, other=0.0).to(WIDE)
-        sin = tl.load(angle + HEAD // 2, mask=is_pair, other=0.0).to(WIDE)
-        turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-        out = tl.reshape(turned, (BLOCK,)).to(x_ptr.dtype.element_ty)
-    if IS_SCALED:
-        is_history = tl.load(row_ptr + token) == 0
-        if tensor == KEYS and is_history:
-            scale = tl.load(scale_ptr + columns // HEAD * scale_stride, mask=is_inside, other=0.0).to(WIDE)
-            out = (out.to(WIDE) * scale).to(x_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * out_token_stride + tensor * tensor_stride + columns, out, mask=is_inside)
+    parts = load_row(x_ptr + token * token_stride + tensor * tensor_stride, D, WIDE, BLOCK)
+    squares = parts[0] * parts[0]
+    for start in tl.static_range(BLOCK, D, BLOCK):
+        squares += parts[start // BLOCK] * parts[start // BLOCK]
+    factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / D + EPS)
+    out_ptr += token * out_token_stride + tensor * tensor_stride
+    is_scaled = tensor == KEYS and tl.load(row_ptr + token) == 0 if IS_SCALED else False
+    for start in tl.static_range(0, D, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        out = (parts[start // BLOCK] * factor * load_part(weight_ptr, start, D, WIDE, BLOCK)).to(dtype)
+        if IS_ROTATED:
+            pair = start // 2 + tl.arange(0, BLOCK // 2)
+            angle_ptr = rotary_ptr + token * HEAD + pair % (HEAD // 2)
+            cos = tl.load(angle_ptr, mask=pair < D // 2, other=0.0).to(WIDE)
+            sin = tl.load(angle_ptr + HEAD // 2, mask=pair < D // 2, other=0.0).to(WIDE)
+            even, odd = tl.split(tl.reshape(out.to(WIDE), (BLOCK // 2, 2)))
+            turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+            out = tl.reshape(turned, (BLOCK,)).to(dtype)
+        if IS_SCALED and is_scaled:
+            scale = tl.load(scale_ptr + columns // HEAD * scale_stride, mask=columns < D, other=0.0).to(WIDE)
+            out = (out.to(WIDE) * scale).to(dtype)
+        tl.store(out_ptr + columns, out, mask=columns < D)
 
 
 def launch_qk_norm_rope(
@@ -78,7 +81,7 @@ def launch_qk_norm_rope(
     num_tokens, _, num_heads, head_dim = qkv.shape
     _check(qkv, rotary, head_dim)
     width = num_heads * head_dim
-    block = block_of(width)
+    plan = row_plan(_norm_rope_kernel, width, qkv.device)
     _norm_rope_kernel[(num_tokens, 2)](
         qkv,
         q_weight,
@@ -98,8 +101,8 @@ def launch_qk_norm_rope(
         KEYS=1,
         IS_SCALED=history_scale is not None,
         WIDE=accumulator(qkv),
-        BLOCK=block,
-        num_warps=num_warps(_norm_rope_kernel, block, qkv.device),
+        BLOCK=plan.block,
+        num_warps=plan.num_warps,
         **_EXACT,
     )
 
@@ -116,7 +119,7 @@ def launch_norm_rope(
     num_tokens, num_heads, head_dim = x.shape
     _check(x, rotary, head_dim)
     out, width = torch.empty(x.shape, dtype=x.dtype, device=x.device), num_heads * head_dim
-    block = block_of(width)
+    plan = row_plan(_norm_rope_kernel, width, x.device)
     _norm_rope_kernel[(num_tokens, 1)](
         x,
         weight,
@@ -136,8 +139,8 @@ def launch_norm_rope(
         KEYS=0,
         IS_SCALED=history_scale is not None,
         WIDE=accumulator(x),
-        BLOCK=block,
-        num_warps=num_warps(_norm_rope_kernel, block, x.device),
+        BLOCK=plan.block,
+        num_warps=plan.num_warps,
         **_EXACT,
     )
     return out
@@ -147,7 +150,7 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm` by Triton; rows may be apart."""
     num_tokens, width = x.shape
     assert x.stride(1) == 1
-    out, block = torch.empty(x.shape, dtype=x.dtype, device=x.device), block_of(width)
+    out, plan = torch.empty(x.shape, dtype=x.dtype, device=x.device), row_plan(_norm_rope_kernel, width, x.device)
     _norm_rope_kernel[(num_tokens, 1)](
         x,
         weight,
@@ -167,8 +170,8 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         KEYS=0,
         IS_SCALED=False,
         WIDE=accumulator(x),
-        BLOCK=block,
-        num_warps=num_warps(_norm_rope_kernel, block, x.device),
+        BLOCK=plan.block,
+        num_warps=plan.num_warps,
         **_EXACT,
     )
     return out
@@ -240,8 +243,8 @@ rms_norm = operator(
 
 def specialisations(width: int, head_dim: int) -> tuple[Specialisation, ...]:
     """What a transformer of that width launches in bfloat16."""
-    block = block_of(width)
-    always = {"D": width, "EPS": 1e-6, "WIDE": tl.float32, "BLOCK": block}
+    plan = default_plan(width)
+    always = {"D": width, "EPS": 1e-6, "WIDE": tl.float32, "BLOCK": plan.block}
     tensors = dict.fromkeys(("x_ptr", "q_weight_ptr", "k_weight_ptr", "out_ptr"), "*bf16")
     strides = dict.fromkeys(("token_stride", "tensor_stride", "out_token_stride"), "i32")
     plain = {"scale_ptr": None, "row_ptr": None, "scale_stride": 0, "IS_SCALED": False}
@@ -266,7 +269,7 @@ def specialisations(width: int, head_dim: int) -> tuple[Specialisation, ...]:
             kernel=_norm_rope_kernel,
             types=types,
             constants={**always, **constants},
-            num_warps=warps_for(block),
+            num_warps=plan.num_warps,
             is_contracted=False,
         )
         for name, types, constants in made

@@ -1,4 +1,4 @@
-"""Rounding of rows to e4m3 with one scale per row, alone and at the end of another kernel.
+"""Rounding of rows to e4m3 with one scale per row, alone and behind GELU.
 
 One program per row, which it reads once. Knows rows and their largest entries; knows no matrix product. e4m3 needs
 compute capability 8.9.
@@ -9,57 +9,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from helios_serve.kernels import reference_fp8
 from helios_serve.kernels.fp8 import FP8
 from helios_serve.kernels.fp8 import quantize_rows as reference_quantize_rows
-from helios_serve.kernels.launch import Specialisation, block_of, jit, num_warps, operator, tl, warps_for
+from helios_serve.kernels.launch import Specialisation, accumulator, default_plan, jit, operator, row_plan, tl
+from helios_serve.kernels.row_parts import load_row, store_quantized_row
 
 
 @jit
-def store_row(
-    value,
+def _quantize_rows_kernel(
     x_ptr,
     out_ptr,
     row_scale_ptr,
-    place,
-    columns,
-    is_inside,
+    x_stride,
     D: tl.constexpr,
-    IS_FP8: tl.constexpr,
+    IS_GELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Writes row `place` [D] in the dtype of `x_ptr`, or that in e4m3 with its scale."""
-    rounded = value.to(x_ptr.dtype.element_ty)
-    if IS_FP8:
-        wide = tl.where(is_inside, rounded.to(tl.float32), 0.0)
-        row_scale = tl.div_rn(tl.max(tl.abs(wide), 0), 448.0)
-        row_scale = tl.where(row_scale == 0.0, 1.0, row_scale)
-        tl.store(row_scale_ptr + place, row_scale)
-        wide = tl.clamp(tl.div_rn(wide, row_scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(out_ptr + place * D + columns, wide.to(tl.float8e4nv), mask=is_inside)
-    else:
-        tl.store(out_ptr + place * D + columns, rounded, mask=is_inside)
-
-
-@jit
-def _quantize_rows_kernel(x_ptr, out_ptr, row_scale_ptr, x_stride, D: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    is_inside = columns < D
-    value = tl.load(x_ptr + token * x_stride + columns, mask=is_inside, other=0.0)
-    store_row(value, x_ptr, out_ptr, row_scale_ptr, token, columns, is_inside, D, True)
+    parts = load_row(x_ptr + token * x_stride, D, WIDE, BLOCK)
+    if IS_GELU:
+        activated = ()
+        for start in tl.static_range(0, D, BLOCK):
+            part = parts[start // BLOCK]
+            inner = 0.7978845608028654 * (part + 0.044715 * part * part * part)  # sqrt(2 / pi)
+            activated += (part / (1.0 + tl.exp(-2.0 * inner)),)  # 0.5 * (1 + tanh(inner)) is the logistic function
+        parts = activated
+    store_quantized_row(parts, x_ptr.dtype.element_ty, out_ptr + token * D, row_scale_ptr + token, D, BLOCK)
 
 
 def launch_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.quantize_rows` by Triton; rows may be apart."""
+    return _launch(x, is_gelu=False)
+
+
+def launch_gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference_fp8.gelu_quantize_rows` by Triton; rows may be apart."""
+    return _launch(x, is_gelu=True)
+
+
+def _launch(x: Tensor, *, is_gelu: bool) -> tuple[Tensor, Tensor]:
     assert x.stride(1) == 1
-    (out, row_scale), block = empty_rows(x), block_of(x.shape[1])
+    out, row_scale = empty_rows(x)
+    plan = row_plan(_quantize_rows_kernel, x.shape[1], x.device)
     _quantize_rows_kernel[(len(x),)](
         x,
         out,
         row_scale,
         x.stride(0),
         D=x.shape[1],
-        BLOCK=block,
-        num_warps=num_warps(_quantize_rows_kernel, block, x.device),
+        IS_GELU=is_gelu,
+        WIDE=accumulator(x),
+        BLOCK=plan.block,
+        num_warps=plan.num_warps,
         enable_fp_fusion=False,
     )
     return out, row_scale
@@ -78,17 +81,26 @@ quantize_rows = operator(
 )
 
 
-def specialisations(widths: tuple[int, ...]) -> tuple[Specialisation, ...]:
-    """What FP8 linear layers with those numbers of inputs launch in bfloat16."""
+gelu_quantize_rows = operator(
+    "gelu_quantize_rows(Tensor x) -> (Tensor, Tensor)",
+    reference=reference_fp8.gelu_quantize_rows,
+    kernel=launch_gelu_quantize_rows,
+    shapes=empty_rows,
+)
+
+
+def specialisations(width: int, ffn_width: int) -> tuple[Specialisation, ...]:
+    """What FP8 linear layers with those numbers of inputs launch in bfloat16; GELU stands before the wider one."""
+    names = {"quantize_rows": (width, False), "gelu_quantize_rows": (ffn_width, True)}
     return tuple(
         Specialisation(
-            name=f"quantize_rows_{width}",
+            name=name,
             kernel=_quantize_rows_kernel,
             types={"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "x_stride": "i32"},
-            constants={"D": width, "BLOCK": block_of(width)},
-            num_warps=warps_for(block_of(width)),
+            constants={"D": inner, "IS_GELU": is_gelu, "WIDE": tl.float32, "BLOCK": default_plan(inner).block},
+            num_warps=default_plan(inner).num_warps,
             is_contracted=False,
             min_capability=90,
         )
-        for width in widths
+        for name, (inner, is_gelu) in names.items()
     )

@@ -1,4 +1,4 @@
-"""The modulated norms with e4m3 results and a scale per row, in plain PyTorch: each norm in the dtype of `x`, then
+"""The modulated norms and GELU with e4m3 results and a scale per row, in plain PyTorch: each in the dtype of `x`, then
 `quantize_rows` of it.
 
 Knows tensors only. Shape letters as in `reference`.
@@ -11,6 +11,11 @@ from torch import Tensor
 
 from helios_serve.kernels import reference
 from helios_serve.kernels.fp8 import quantize_rows
+
+
+def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`gelu_tanh`, then `quantize_rows`: x [N, D] -> [N, D] e4m3 and [N, 1] float32."""
+    return quantize_rows(reference.gelu_tanh(x))
 
 
 def layer_norm_modulate_fp8(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float) -> tuple[Tensor, Tensor]:

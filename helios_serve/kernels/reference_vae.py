@@ -57,6 +57,22 @@ def norm_rows(x: Tensor, gamma: Tensor, bias: Tensor | None, left: Tensor | None
     out[:, num_left:] = apply(rows, gamma[:, None]).transpose(1, 2)
 
 
+def norm_windows(
+    x: Tensor, gamma: Tensor, bias: Tensor | None, left: Tensor | None, has_silu: bool, frame_rows: int, out: Tensor
+) -> None:
+    """What `norm_rows` computes, in the windows of frames that a causal convolution sees side by side.
+
+    Args:
+        x, gamma, bias, left, has_silu: as there; `left` and zeros are K - 1 frames of `frame_rows` rows each.
+        out: [B, N, K, C] contiguous, is overwritten: row n and those of the K - 1 frames before it, oldest first.
+    """
+    num_clips, num_rows, num_taps, channels = out.shape
+    frames = x.new_empty((num_clips, (num_taps - 1) * frame_rows + num_rows, channels))
+    norm_rows(x, gamma, bias, left, has_silu, frames)
+    for tap in range(num_taps):
+        out[:, :, tap] = frames[:, tap * frame_rows : tap * frame_rows + num_rows]
+
+
 def add_bias(x: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     """`x + bias`, then `+ residual`, into `x` itself, each sum rounded: x, residual [N, C] contiguous; bias [C]."""
     x.add_(bias)

@@ -14,7 +14,7 @@ from torch import Tensor
 from helios_serve.model_executor import guidance
 from helios_serve.model_executor.history import History, HistoryTokens
 from helios_serve.model_executor.model_config import SchedulerConfig
-from helios_serve.model_executor.packing import TextKV, TokenSequence
+from helios_serve.model_executor.packing import TextKV, TokenSequence, upload
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding
 from helios_serve.model_executor.rope import Grid
 from helios_serve.model_executor.sampling.base import UniPCMemory, UniPCOrders, euler_step, unipc_step
@@ -41,6 +41,11 @@ class ChunkInput:
     negative: PromptEmbedding | None
     history: History
     generator_state: bytes
+
+    @property
+    def prompts(self) -> tuple[PromptEmbedding, ...]:
+        """The prompt of each sequence."""
+        return (self.prompt,) if self.negative is None else (self.prompt, self.negative)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,12 +146,27 @@ class ChunkState:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the next step's sequences, history included."""
+        """Tokens of the next step's sequences, history included; 0 if it needs none."""
+        if not self.needs_forward:
+            return 0
         per_sequence = len(self._history.tokens) + math.prod(self._grids[self.cursor.stage])
         return per_sequence if self._uncond is None else 2 * per_sequence
 
+    @property
+    def needs_forward(self) -> bool:
+        """Whether the next step takes a predicted flow; CFG-Zero* begins with zero flow instead.
+
+        The reference zeroes one step more than `zero_steps` says.
+        """
+        params = self.input.params
+        is_zeroing = self._uncond is not None and self.rules.guidance == "cfg_zero_star" and params.use_zero_init
+        return not (is_zeroing and self.cursor.stage == 0 and self.cursor.step <= params.zero_steps)
+
     def sequences(self) -> list[TokenSequence]:
-        """The sequences of the next step: the conditional one, and the unconditional one under guidance."""
+        """The sequences of the next step: the conditional one, and the unconditional one under guidance; none if the
+        step needs no forward."""
+        if not self.needs_forward:
+            return []
         stage = self.cursor.stage
         x = self.x.to(self._dtype)
         timestep = self._stage().model_timesteps[self.cursor.step]
@@ -189,7 +209,7 @@ class ChunkState:
         """The chunk before its first step: noise at the coarsest stage."""
         self._generator.set_state(torch.frombuffer(bytearray(self.input.generator_state), dtype=torch.uint8))
         noise = torch.randn(1, *self._shape, generator=self._generator)[0]
-        x = shrink_noise(noise, self.input.params.num_stages).to(self._device)
+        x = upload(shrink_noise(noise, self.input.params.num_stages), self._device)
         cursor = StepCursor(chunk=self.input.chunk)
         return ParkedChunk(cursor=cursor, x=x, stage_start=x, memory=None, generator_state=self._generator_state())
 
@@ -205,16 +225,13 @@ class ChunkState:
         return (frames // pt, (height >> halvings) // ph, (width >> halvings) // pw)
 
     def _guided(self, flows: list[Tensor]) -> Tensor:
-        params = self.input.params
+        if not flows:
+            return torch.zeros_like(self.x, dtype=self._dtype)
         if self._uncond is None:
             return flows[0]
         cond, uncond = flows
-        if self.rules.guidance == "cfg":
-            return guidance.cfg(cond, uncond, params.guidance_scale)
-        # The reference zeroes one step more than `zero_steps` says.
-        if params.use_zero_init and self.cursor.stage == 0 and self.cursor.step <= params.zero_steps:
-            return torch.zeros_like(cond)
-        return guidance.cfg_zero_star(cond, uncond, params.guidance_scale)
+        combine = guidance.cfg if self.rules.guidance == "cfg" else guidance.cfg_zero_star
+        return combine(cond, uncond, self.input.params.guidance_scale)
 
     def _solve(self, flow: Tensor) -> None:
         scheduler, step = self.rules.scheduler, self.cursor.step
@@ -233,6 +250,6 @@ class ChunkState:
         noise = block_noise(shape, self._patch, self.rules.scheduler.gamma, self._generator)
         renoise = self.schedule.renoise[stage]
         assert renoise is not None
-        self.x = enlarge(self.x, renoise, noise.to(self._device, self._dtype, non_blocking=True))
+        self.x = enlarge(self.x, renoise, upload(noise.to(self._dtype), self._device))
         self._stage_start = self.x
         self._memory = None

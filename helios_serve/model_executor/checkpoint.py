@@ -72,8 +72,15 @@ class Loadable(Protocol):
         ...
 
 
-def resolve_checkpoint(model: str) -> Path:
-    """The directory of a checkpoint, given as a path or as a hub id `owner/name`, which is downloaded or cached.
+class Load(Protocol):
+    """How a module comes to its weights: `load_module`, or another with its arguments."""
+
+    def __call__(self, build: Callable[[], M], folder: Path, device: torch.device, dtype: torch.dtype, /) -> M: ...
+
+
+def resolve_checkpoint(model: str, *, has_weights: bool = True) -> Path:
+    """The directory of a checkpoint, given as a path or as a hub id `owner/name`, which is downloaded or cached: all of
+    it, or all but its weights.
 
     Raises: CheckpointError if it is neither or cannot be downloaded.
     """
@@ -84,8 +91,9 @@ def resolve_checkpoint(model: str) -> Path:
         raise CheckpointError(f"{model} is a file; a checkpoint is a directory that holds {MODEL_INDEX_FILE}")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model} does not exist; give a checkpoint directory or a hub id such as owner/name")
+    patterns = [pattern for pattern in _HUB_FILES if has_weights or not pattern.endswith(".safetensors")]
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
     except GatedRepoError as error:
         raise CheckpointError(
             f"hub repository {model} is gated; accept its terms on the hub and set HF_TOKEN"
@@ -163,13 +171,22 @@ def load_module(build: Callable[[], M], folder: Path, device: torch.device, dtyp
         slots = _slots(module)
         _check_keys(folder, module, slots, stored)
         loaded = _read_parameters(module, slots, stored, device, dtype)
-    _put(module, loaded)
+    put_parameters(module, loaded)
     return module.eval().requires_grad_(False)
 
 
 def checkpoint_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Checkpoint key -> shape of every tensor that makes up `module`, which may be on the meta device."""
     return {key: slot.shape for key, slot in _slots(module).items()}
+
+
+def put_parameters(module: nn.Module, loaded: Mapping[str, nn.Parameter]) -> None:
+    """Replaces the meta parameters of a module; one that several submodules share stays shared."""
+    replaced = [(parameter, loaded[name]) for name, parameter in module.named_parameters()]
+    by_identity = {id(old): new for old, new in replaced}
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            owner.register_parameter(name, by_identity[id(parameter)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,15 +292,6 @@ def _read_parameters(
     for key, slot in slots.items():
         loaded[slot.name].narrow(0, slot.start, slot.shape[0]).copy_(stored[key].get_tensor(key))
     return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in loaded.items()}
-
-
-def _put(module: nn.Module, loaded: Mapping[str, nn.Parameter]) -> None:
-    """Replaces the meta parameters; one that several submodules share stays shared."""
-    replaced = [(parameter, loaded[name]) for name, parameter in module.named_parameters()]
-    by_identity = {id(old): new for old, new in replaced}
-    for owner in module.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            owner.register_parameter(name, by_identity[id(parameter)])
 
 
 def _check_component_classes(index: Mapping[str, Any]) -> None:

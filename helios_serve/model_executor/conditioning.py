@@ -29,9 +29,9 @@ from helios_serve.types import (
     VideoRequest,
 )
 
-ENCODE_SLAB_FRAMES = 1
-"""Latent frames that the VAE encodes at a time: as the reference, so that sums keep its order with any number of
-threads, and little memory."""
+ENCODE_SLAB_FRAMES, ENCODE_SLAB_FRAMES_ON_CPU = 4, 1
+"""Latent frames that the VAE encodes at a time: few, for little memory. On a CPU as the reference: sums keep its order
+with any number of threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,8 @@ def _video_history(video: Frames, params: SamplingParams, vae: WanVAE, generator
 
 def _encode(vae: WanVAE, pixels: Tensor, generator: torch.Generator) -> Tensor:
     """A sample of the normalised posterior: [1, 3, T, H, W] -> [1, C, t, h, w] float32."""
-    mean, logvar = vae.encode(pixels, slab_frames=ENCODE_SLAB_FRAMES)
+    slab_frames = ENCODE_SLAB_FRAMES_ON_CPU if pixels.device.type == "cpu" else ENCODE_SLAB_FRAMES
+    mean, logvar = vae.encode(pixels, slab_frames)
     noise = _draw(tuple(mean.shape), generator).to(mean.device, mean.dtype)
     return vae.normalize(sample_posterior(mean, logvar, noise)).float()
 

@@ -14,9 +14,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from helios_serve import kernels
+from helios_serve.kernels.cross_attention import PackedText, cross_attend
+from helios_serve.kernels.quantize_rows import empty_rows
 from helios_serve.model_executor.model_config import TransformerConfig
 from helios_serve.model_executor.packing import Layout, PackedBatch
-from helios_serve.model_executor.quantize import Fp8Linear, make_linear, quantize_linears
+from helios_serve.model_executor.quantize import Fp8Linear, QuantizedRows, make_linear, quantize_linears
 
 MAX_HISTORY_SCALE = 10.0
 """Upper end of the amplified history's key scale; the lower end is 1."""
@@ -50,9 +52,9 @@ class SelfAttention(nn.Module):
             heads = self.num_heads if config.history_scale_mode == "per_head" else 1
             self.history_key_scale = nn.Parameter(torch.empty(heads))
 
-    def forward(self, normed: Tensor, batch: PackedBatch) -> Tensor:
+    def forward(self, normed: Tensor | QuantizedRows, batch: PackedBatch) -> Tensor:
         """[N, D] -> [N, D]."""
-        qkv = self.to_qkv(normed).view(len(normed), 3, self.num_heads, -1)
+        qkv = self.to_qkv(normed).view(batch.num_tokens, 3, self.num_heads, -1)
         q, k, v = kernels.qk_norm_rope(
             qkv,
             self.norm_q.weight,
@@ -104,11 +106,10 @@ class CrossAttention(nn.Module):
         k, v = self.to_kv(text).chunk(2, dim=-1)
         return self._heads(self.norm_k(k)), self._heads(v)
 
-    def forward(self, x: Tensor, text_kv: tuple[Tensor, Tensor], segments: kernels.Segments) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows, text: PackedText, layer: int) -> Tensor:
         """[M, D] -> [M, D]."""
         q = self._heads(self.norm_q(self.to_q(x)))
-        out, _ = kernels.attend(q, *text_kv, segments)
-        return self.to_out[0](out.flatten(1))
+        return self.to_out[0](cross_attend(q, text, layer).flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -122,7 +123,7 @@ class FeedForward(nn.Module):
         down = make_linear(inner_dim, dim, is_fp8=is_fp8)
         self.net = nn.ModuleList([_GeluUp(dim, inner_dim, is_fp8=is_fp8), nn.Identity(), down])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """[N, D] -> [N, D]."""
         up, _, down = self.net
         return down(up(x))
@@ -133,9 +134,10 @@ class _GeluUp(nn.Module):
         super().__init__()
         self.proj = make_linear(dim, inner_dim, is_fp8=is_fp8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor | QuantizedRows:
         if isinstance(self.proj, Fp8Linear):
-            return kernels.gelu_tanh(self.proj(x))
+            return kernels.gelu_quantize_rows(self.proj(x))
+        assert isinstance(x, Tensor)
         return kernels.linear_gelu(x, self.proj.weight, self.proj.bias)
 
 
@@ -159,7 +161,7 @@ class Stream:
 
     x: Tensor
     layout: Layout
-    cross_attention: kernels.Segments
+    text: PackedText
 
     def of_current(self) -> Stream:
         """A copy of the current tokens [M, D] alone."""
@@ -193,7 +195,8 @@ class Modulation:
 class Block(nn.Module):
     """Modulated self-attention, cross-attention of the current tokens, modulated feed-forward.
 
-    A norm is computed in the pass that writes its input, so the caller norms for `attn1` and adds what `feed` returns.
+    A norm is computed in the pass that writes its input, so `follow` adds what the block before has fed, and the caller
+    adds what the last one does. Norms of a block in FP8 write quantised rows.
     """
 
     FP8_LINEARS = ("attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -210,34 +213,46 @@ class Block(nn.Module):
         """Rounds the weights of the linear layers to FP8, but for those of the prompt, which are used once."""
         quantize_linears(self, self.FP8_LINEARS)
 
-    def feed(self, stream: Stream, attended: Tensor, text_kv: tuple[Tensor, Tensor], modulation: Modulation) -> Tensor:
+    @property
+    def is_fp8(self) -> bool:
+        return isinstance(self.attn1.to_qkv, Fp8Linear)
+
+    def enter(self, stream: Stream, modulation: Modulation) -> Tensor | QuantizedRows:
+        """What `attn1` takes in the first block: the norm of the stream."""
+        norm = kernels.layer_norm_modulate_fp8 if self.is_fp8 else kernels.layer_norm_modulate
+        return norm(stream.x, modulation.shift, modulation.scale, stream.layout.row, self.eps)
+
+    def follow(self, stream: Stream, fed: Tensor, gate: Tensor, modulation: Modulation) -> Tensor | QuantizedRows:
+        """What `attn1` takes in the others: the norm of the stream, to which `fed` [N, D] of the block before is added
+        in place with that block's `gate` [R, D]."""
+        norm = kernels.gated_residual_norm_fp8 if self.is_fp8 else kernels.gated_residual_norm
+        return norm(stream.x, fed, gate, stream.layout.row, modulation.shift, modulation.scale, self.eps)
+
+    def feed(self, stream: Stream, attended: Tensor, layer: int, modulation: Modulation) -> Tensor:
         """All after self-attention but the last residual.
 
         Args:
             stream: x [N, D], changed in place: `attended` [N, D] and the cross-attention are added to it.
+            layer: this block's place among the text's keys and values.
 
         Returns: the output of the feed-forward [N, D], without its gate.
         """
-        x, layout = stream.x, stream.layout
-        normed, current = torch.empty_like(x), x.new_empty((layout.num_current, x.shape[-1]))
-        kernels.gated_residual_split_norm(
-            x,
-            attended,
-            modulation.gate,
-            layout.row,
-            layout.current_place,
-            modulation.ff_shift,
-            modulation.ff_scale,
-            self.norm2.weight,
-            self.norm2.bias,
-            self.eps,
-            normed,
-            current,
-        )
-        crossed = self.attn2(current, text_kv, stream.cross_attention)
-        kernels.residual_scatter_norm(
-            x, crossed, layout.current_index, modulation.ff_shift, modulation.ff_scale, layout.row, self.eps, normed
-        )
+        x, layout, shift, scale = stream.x, stream.layout, modulation.ff_shift, modulation.ff_scale
+        gated = (x, attended, modulation.gate, layout.row, layout.current_place)
+        tables = (shift, scale, self.norm2.weight, self.norm2.bias, self.eps)
+        compact = x.new_empty((layout.num_current, x.shape[-1]))
+        if self.is_fp8:
+            quantized, current = empty_rows(x), empty_rows(compact)
+            kernels.gated_residual_split_norm_fp8(*gated, *tables, *quantized, *current)
+            crossed = self.attn2(current, stream.text, layer)
+            kernels.residual_scatter_norm_fp8(
+                x, crossed, layout.current_index, shift, scale, layout.row, self.eps, *quantized
+            )
+            return self.ffn(quantized)
+        normed = torch.empty_like(x)
+        kernels.gated_residual_split_norm(*gated, *tables, normed, compact)
+        crossed = self.attn2(compact, stream.text, layer)
+        kernels.residual_scatter_norm(x, crossed, layout.current_index, shift, scale, layout.row, self.eps, normed)
         return self.ffn(normed)
 
 

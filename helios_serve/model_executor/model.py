@@ -6,16 +6,19 @@ Knows checkpoints and placement; knows nothing of requests.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from helios_serve.config import ModelConfig, Offload
+from helios_serve.config import Attention, ModelConfig, Offload
 from helios_serve.errors import CheckpointError
+from helios_serve.kernels.attention import check_backend
 from helios_serve.model_executor.batch import SamplingRules
-from helios_serve.model_executor.checkpoint import load_module, read_config, resolve_checkpoint
+from helios_serve.model_executor.checkpoint import Load, load_module, read_config, resolve_checkpoint
 from helios_serve.model_executor.model_config import CheckpointConfig
+from helios_serve.model_executor.random_weights import random_module
 from helios_serve.model_executor.transformer import HeliosTransformer, Shortcuts
 from helios_serve.model_executor.vae import VaeOptions, VaePrecision, WanVAE
 
@@ -38,6 +41,8 @@ class Checkpoint:
     offload: Offload
     is_quantized_at_load: bool
     vae_precision: VaePrecision | None
+    attention: Attention
+    load: Load
 
     @property
     def rules(self) -> SamplingRules:
@@ -65,7 +70,7 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise CheckpointError("device cuda: PyTorch sees no CUDA device here; use cpu", param="device")
-    path = resolve_checkpoint(config.model)
+    path = resolve_checkpoint(config.model, has_weights=config.weights == "checkpoint")
     return Checkpoint(
         path=path,
         config=read_config(path),
@@ -74,19 +79,24 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
         offload=config.offload,
         is_quantized_at_load=config.quantize == "fp8",
         vae_precision=config.vae_precision,
+        attention=config.attention,
+        load=random_module if config.weights == "random" else load_module,
     )
 
 
 def load_transformer(checkpoint: Checkpoint) -> HeliosTransformer:
     """What the DiT role needs.
 
-    Raises: CheckpointError for weights that do not fit.
+    Raises: CheckpointError for weights that do not fit; AttentionBackendError for an attention that cannot run here.
     """
     config, folder = checkpoint.config.transformer, checkpoint.path / "transformer"
-    shortcuts = Shortcuts(last_block_skips_history=checkpoint.device.type != "cpu")
+    check_backend(checkpoint.attention, checkpoint.device, checkpoint.dtype, config.attention_head_dim)
+    takes_shortcuts = checkpoint.device.type != "cpu"
+    shortcuts = Shortcuts(last_block_skips_history=takes_shortcuts, collapses_pad_tokens=takes_shortcuts)
     is_offloaded = checkpoint.offload == "all"
     home = _HOST if is_offloaded else checkpoint.device
-    transformer = load_module(lambda: HeliosTransformer(config, shortcuts), folder, home, checkpoint.dtype)
+    make = partial(HeliosTransformer, config, shortcuts, attention=checkpoint.attention)
+    transformer = checkpoint.load(make, folder, home, checkpoint.dtype)
     if checkpoint.is_quantized_at_load and config.fp8_edge_blocks is None:
         transformer.quantize()
     if is_offloaded:
@@ -101,8 +111,8 @@ def load_vae(checkpoint: Checkpoint) -> WanVAE:
     """
     config, folder = checkpoint.config.vae, checkpoint.path / "vae"
     options = VaeOptions.on(checkpoint.device, checkpoint.vae_precision)
-    vae = load_module(lambda: WanVAE(config, options), folder, checkpoint.device, torch.float32)
-    vae.prepare_decoder()
+    vae = checkpoint.load(lambda: WanVAE(config, options), folder, checkpoint.device, torch.float32)
+    vae.prepare()
     return vae
 
 
@@ -115,7 +125,8 @@ def load_text_encoder(checkpoint: Checkpoint) -> TextEncoder:
     from helios_serve.model_executor.text_encoder import TextEncoder
 
     is_offloaded = checkpoint.offload != "none"
-    text_encoder = TextEncoder.load(checkpoint.path, _HOST if is_offloaded else checkpoint.device, checkpoint.dtype)
+    home = _HOST if is_offloaded else checkpoint.device
+    text_encoder = TextEncoder.load(checkpoint.path, home, checkpoint.dtype, checkpoint.load)
     if is_offloaded:
         text_encoder.offload(checkpoint.device)
     return text_encoder

@@ -16,16 +16,22 @@ import torch
 from torch import Tensor
 
 from helios_serve.kernels import Segments, attention_scale
+from helios_serve.kernels.cross_attention import PackedText as PackedText
+from helios_serve.kernels.cross_attention import places_of
 from helios_serve.model_executor.history import HistoryTokens
 from helios_serve.model_executor.rope import Grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextKV:
-    """Cross-attention keys and values of one prompt for all layers, projected once: each [layers, L, H, Dh]."""
+    """Cross-attention keys and values of one prompt for all layers, projected once: each [layers, L, H, Dh].
+
+    repeats: how many equal tokens the last one stands for.
+    """
 
     keys: Tensor
     values: Tensor
+    repeats: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -48,22 +54,6 @@ class TokenSequence:
     rotary: Tensor
     timestep: float
     text: TextKV
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedText:
-    """The prompts of a packed batch, in its order."""
-
-    prompts: tuple[TextKV, ...]
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each [sum of L, H, Dh]; a view when there is one prompt."""
-        if len(self.prompts) == 1:
-            return self.prompts[0].keys[index], self.prompts[0].values[index]
-        return (
-            torch.cat([text.keys[index] for text in self.prompts]),
-            torch.cat([text.values[index] for text in self.prompts]),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +86,7 @@ class PackedBatch:
 
     history: [sum of Nh, D] embedded history tokens. patches: [M, C * patch] current latents, not yet embedded.
     rotary: [N, 2, Dh/2] float32. timesteps: [1 + sequences] float32, the first one, 0, being the history's.
-    self_attention over the N tokens; cross_attention from the M current tokens to the packed text.
-    grids: (T, h, w) of each sequence in patches.
+    self_attention over the N tokens. grids: (T, h, w) of each sequence in patches.
     """
 
     history: Tensor
@@ -106,7 +95,6 @@ class PackedBatch:
     timesteps: Tensor
     layout: Layout
     self_attention: Segments
-    cross_attention: Segments
     grids: tuple[Grid, ...]
 
     @property
@@ -123,19 +111,17 @@ def pack(sequences: Many[TokenSequence], patch: Grid) -> tuple[PackedBatch, Pack
     """
     device = sequences[0].x.device
     layout = _layout(tuple(len(s.history.tokens) for s in sequences), tuple(len(s.rotary) for s in sequences), device)
-    cu_text = _running_sum(s.text.num_tokens for s in sequences)
     scale = attention_scale(2 * sequences[0].rotary.shape[-1])
     batch = PackedBatch(
         history=torch.cat([s.history.tokens for s in sequences]),
         patches=torch.cat([patchify(s.x, patch) for s in sequences]),
         rotary=torch.cat([part for s in sequences for part in (s.history.rotary, s.rotary)]),
-        timesteps=_upload(torch.tensor([0.0, *(s.timestep for s in sequences)]), device),
+        timesteps=upload(torch.tensor([0.0, *(s.timestep for s in sequences)]), device),
         layout=layout,
         self_attention=Segments(cu_q=layout.cu_tokens, cu_k=layout.cu_tokens, scale=scale),
-        cross_attention=Segments(cu_q=layout.cu_current, cu_k=cu_text, scale=scale),
         grids=tuple((s.x.shape[1] // patch[0], s.x.shape[2] // patch[1], s.x.shape[3] // patch[2]) for s in sequences),
     )
-    return batch, PackedText(prompts=tuple(s.text for s in sequences))
+    return batch, _pack_text([s.text for s in sequences], layout, scale, device)
 
 
 def unpack(rows: Tensor, batch: PackedBatch, patch: Grid) -> list[Tensor]:
@@ -158,6 +144,20 @@ def unpatchify(rows: Tensor, grid: Grid, patch: Grid) -> Tensor:
     return blocks.reshape(blocks.shape[0], *(n * p for n, p in zip(grid, patch, strict=True)))
 
 
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """Copies a host tensor to the device without waiting for it."""
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def _pack_text(texts: Many[TextKV], layout: Layout, scale: float, device: torch.device) -> PackedText:
+    keys, values = tuple(text.keys for text in texts), tuple(text.values for text in texts)
+    cu_q, repeats = layout.cu_current, tuple(text.repeats for text in texts)
+    places = upload(places_of(keys, values, cu_q, repeats), device) if device.type == "cuda" else None
+    return PackedText(keys=keys, values=values, repeats=repeats, cu_q=cu_q, scale=scale, places=places)
+
+
 @lru_cache(maxsize=256)
 def _layout(history_lengths: tuple[int, ...], current_lengths: tuple[int, ...], device: torch.device) -> Layout:
     kinds = [length for pair in zip(history_lengths, current_lengths, strict=True) for length in pair]
@@ -173,10 +173,10 @@ def _layout_of(row: Tensor, cu_tokens: tuple[int, ...], cu_current: tuple[int, .
     is_current = row != 0
     place = torch.where(is_current, is_current.cumsum(0) - 1, -1)
     return Layout(
-        row=_upload(row, device),
-        history_index=_upload((~is_current).nonzero()[:, 0], device),
-        current_index=_upload(is_current.nonzero()[:, 0], device),
-        current_place=_upload(place.to(torch.int32), device),
+        row=upload(row, device),
+        history_index=upload((~is_current).nonzero()[:, 0], device),
+        current_index=upload(is_current.nonzero()[:, 0], device),
+        current_place=upload(place.to(torch.int32), device),
         cu_tokens=cu_tokens,
         cu_current=cu_current,
     )
@@ -184,10 +184,3 @@ def _layout_of(row: Tensor, cu_tokens: tuple[int, ...], cu_current: tuple[int, .
 
 def _running_sum(lengths: Iterable[int]) -> tuple[int, ...]:
     return (0, *accumulate(lengths))
-
-
-def _upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copies a small host tensor to the device without waiting for it."""
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)

@@ -17,6 +17,10 @@ NUM_EDGE_BLOCKS = 3
 """Blocks at either end of the transformer that stay as they are: they are the most sensitive ones."""
 
 
+QuantizedRows = tuple[Tensor, Tensor]
+"""Rows [N, D] in e4m3 and their scales [N, 1] float32, as the fused kernels of `helios_serve.kernels` leave them."""
+
+
 class Fp8Linear(nn.Module):
     """A linear layer whose weight is stored and multiplied in e4m3. Its parameters have no values before they are
     loaded or `quantized` makes them.
@@ -42,9 +46,9 @@ class Fp8Linear(nn.Module):
         made.bias = linear.bias
         return made
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in] bfloat16 -> [N, out] bfloat16; the rows of `x` are quantised here."""
-        rows, scale = kernels.quantize_rows(x)
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        """[N, in] -> [N, out] bfloat16; rows in bfloat16 are quantised here."""
+        rows, scale = kernels.quantize_rows(x) if isinstance(x, Tensor) else x
         return kernels.scaled_linear(rows, scale, self.weight, self.weight_scale, self.bias)
 
 

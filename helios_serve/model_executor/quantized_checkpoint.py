@@ -27,13 +27,19 @@ def save_quantized(source: Path, target: Path, num_edge_blocks: int = NUM_EDGE_B
     """Quantises the transformer of the checkpoint in `source` and writes a whole checkpoint to `target`.
 
     Args:
-        num_edge_blocks: blocks at either end that stay bfloat16.
+        num_edge_blocks: blocks at either end that stay bfloat16, at least 1: the last one takes its weights apart.
 
-    Raises: CheckpointError if `target` exists, or `source` cannot be read, is in FP8, or has too few blocks.
+    Raises: CheckpointError if `target` exists, `num_edge_blocks` is too small, or `source` cannot be read, is in FP8,
+        or has too few blocks.
     """
     config = read_config(source).transformer
     if target.exists():
         raise CheckpointError(f"{target} exists; name a directory that does not")
+    if num_edge_blocks < 1:
+        raise CheckpointError(
+            f"{num_edge_blocks} blocks at either end would stay as they are; at least 1 must, and by default "
+            f"{NUM_EDGE_BLOCKS} do"
+        )
     if config.fp8_edge_blocks is not None:
         raise CheckpointError(f"{source} is in FP8 already; quantise the checkpoint that it was made from")
     if config.num_layers <= 2 * num_edge_blocks:

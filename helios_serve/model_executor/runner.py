@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.model_executor.batch import ChunkInput, ChunkOutput, ChunkState, ParkedChunk, SamplingRules
-from helios_serve.model_executor.byte_cache import ByteCache
 from helios_serve.model_executor.memory import clear_cache, retry_out_of_memory
-from helios_serve.model_executor.packing import TextKV, pack, unpack
-from helios_serve.model_executor.prompt_schedule import PromptEmbedding
+from helios_serve.model_executor.packing import TextKV, TokenSequence, pack, unpack
+from helios_serve.model_executor.text_pool import TextPool
 from helios_serve.model_executor.transformer import HeliosTransformer
 from helios_serve.types import StepCursor
 
@@ -60,9 +61,9 @@ class Runner:
     Args:
         transformer: ready to run, on its device.
         rules: what the checkpoint decides about sampling.
-        text_cache_bytes: limit of the kept text keys and values.
-        faults: visited at `dit.step` for each chunk of a forward, before it, with request_id, chunk, stage, step
-            (counted over the chunk's stages) and num_chunks (in this forward).
+        text_cache_bytes: limit of the kept text keys and values; those of running chunks are kept beyond it.
+        faults: visited at `dit.step` for each chunk of a pack, before its forward, with request_id, chunk, stage, step
+            (counted over the chunk's stages) and num_chunks (in this pack).
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Runner:
         self.transformer = transformer
         self.rules = rules
         self._faults = faults
-        self._texts = ByteCache[TextKV](text_cache_bytes)
+        self._texts = TextPool(text_cache_bytes)
         self._chunks: dict[str, ChunkState] = {}
         self._max_tokens: int | None = None
 
@@ -92,16 +93,17 @@ class Runner:
 
     def park(self, task_id: str) -> ParkedChunk | None:
         """Takes a chunk out and returns its progress; None if there is no such chunk."""
-        chunk = self._chunks.pop(task_id, None)
+        chunk = self._forget(task_id)
         return None if chunk is None else chunk.park()
 
     def abort(self, task_id: str) -> bool:
         """Forgets a chunk; whether there was one."""
-        return self._chunks.pop(task_id, None) is not None
+        return self._forget(task_id) is not None
 
     @torch.inference_mode()
     def step(self, task_ids: Sequence[str] | None = None) -> StepResult:
-        """Advances the chunks of `task_ids`, or every active one, by one step: in one forward if it fits."""
+        """Advances the chunks of `task_ids`, or every active one, by one step: in one forward if it fits, in none if
+        nobody's step takes a predicted flow."""
         log = _StepLog()
         for chunks in self._plan_packs(self.active if task_ids is None else task_ids):
             self._run_pack(chunks, log)
@@ -114,8 +116,24 @@ class Runner:
         )
 
     def _make_state(self, chunk: ChunkInput, parked: ParkedChunk | None) -> ChunkState:
-        texts = (self._text_kv(chunk.prompt), None if chunk.negative is None else self._text_kv(chunk.negative))
-        return ChunkState(chunk, self.rules, self.transformer, texts, parked)
+        """The chunk's state, whose prompts stay in the pool until it is forgotten."""
+        texts: list[TextKV] = []
+        with ExitStack() as undo:
+            for prompt in chunk.prompts:
+                texts.append(self._texts.acquire(prompt.key, partial(self.transformer.project_text, prompt.embeds)))
+                undo.callback(self._texts.release, prompt.key)
+            cond, uncond = texts if len(texts) == 2 else (texts[0], None)
+            state = ChunkState(chunk, self.rules, self.transformer, (cond, uncond), parked)
+            undo.pop_all()
+        return state
+
+    def _forget(self, task_id: str) -> ChunkState | None:
+        """Lets go of a chunk and of its prompts."""
+        chunk = self._chunks.pop(task_id, None)
+        if chunk is not None:
+            for prompt in chunk.input.prompts:
+                self._texts.release(prompt.key)
+        return chunk
 
     def _plan_packs(self, task_ids: Iterable[str]) -> list[list[ChunkState]]:
         """All chunks in one pack, or in as many as the known limit asks for."""
@@ -154,17 +172,23 @@ class Runner:
         """The flows of each chunk's sequences."""
         spoiled = [self._visit(chunk, len(chunks)) for chunk in chunks]
         sequences = [chunk.sequences() for chunk in chunks]
-        batch, text = pack([sequence for own in sequences for sequence in own], self.transformer.patch)
-        flows = iter(unpack(self.transformer(batch, text), batch, self.transformer.patch))
+        flows = iter(self._forward([sequence for own in sequences for sequence in own]))
         own_flows = [[next(flows) for _ in own] for own in sequences]
         return [
             [torch.full_like(flow, torch.nan) for flow in own] if is_spoiled else own
             for own, is_spoiled in zip(own_flows, spoiled, strict=True)
         ]
 
+    def _forward(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
+        if not sequences:
+            return []
+        batch, text = pack(sequences, self.transformer.patch)
+        return unpack(self.transformer(batch, text), batch, self.transformer.patch)
+
     def _advance(self, chunks: Sequence[ChunkState], flows: Sequence[list[Tensor]], log: _StepLog) -> None:
-        log.pack_sizes.append(sum(len(own) for own in flows))
-        log.fitted.append(sum(chunk.num_tokens for chunk in chunks))
+        if any(flows):
+            log.pack_sizes.append(sum(len(own) for own in flows))
+            log.fitted.append(sum(chunk.num_tokens for chunk in chunks))
         for chunk, own in zip(chunks, flows, strict=True):
             task_id, cursor = chunk.input.task_id, chunk.cursor
             # The others have moved on or will: one that fails must not stop them, nor be repeated with them.
@@ -177,7 +201,7 @@ class Runner:
             log.steps.append((task_id, cursor))
             if output is not None:
                 log.finished.append(output)
-                del self._chunks[task_id]
+                self._forget(task_id)
 
     def _fail(self, chunk: ChunkState, error: Exception, log: _StepLog) -> None:
         log.failed.append((chunk.input.task_id, error))
@@ -207,6 +231,3 @@ class Runner:
             step=sum(steps[: cursor.stage]) + cursor.step,
             num_chunks=num_chunks,
         )
-
-    def _text_kv(self, prompt: PromptEmbedding) -> TextKV:
-        return self._texts.get(prompt.key, lambda: self.transformer.project_text(prompt.embeds))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from helios_serve.errors import CheckpointError
-from helios_serve.model_executor.checkpoint import load_module, read_json
+from helios_serve.model_executor.checkpoint import Load, load_module, read_json
 from helios_serve.model_executor.model_config import TEXT_ENCODER_FILE
 from helios_serve.model_executor.offload import offload_sequence
 from helios_serve.types import MAX_TEXT_TOKENS
@@ -46,14 +46,14 @@ class TextEncoder:
         self._device = model.device
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-        """Reads `text_encoder/` and `tokenizer/` of the checkpoint in `path`.
+    def load(cls, path: Path, device: torch.device, dtype: torch.dtype, load: Load = load_module) -> TextEncoder:
+        """Reads `text_encoder/` and `tokenizer/` of the checkpoint in `path`; `load` makes the model.
 
         Raises: CheckpointError naming the file or the keys that are wrong.
         """
         umt5 = _umt5_config(path)
         tokenizer = _load_tokenizer(path / "tokenizer")
-        model = load_module(lambda: _build_umt5(umt5, path), path / "text_encoder", device, dtype)
+        model = load(lambda: _build_umt5(umt5, path), path / "text_encoder", device, dtype)
         return cls(model, tokenizer)
 
     def offload(self, device: torch.device) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from helios_serve import kernels
+from helios_serve.kernels.attention import AUTO
 from helios_serve.model_executor import rope
 from helios_serve.model_executor.history import (
     FIRST_CURRENT_FRAME,
@@ -28,7 +29,7 @@ from helios_serve.model_executor.history import (
 from helios_serve.model_executor.layers import Block, ConditionEmbedder, Modulation, OutputNorm, Stream
 from helios_serve.model_executor.model_config import TransformerConfig
 from helios_serve.model_executor.offload import LayerOffload
-from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, patchify
+from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, patchify, upload
 from helios_serve.model_executor.quantize import NUM_EDGE_BLOCKS
 from helios_serve.model_executor.rope import Grid
 
@@ -41,9 +42,11 @@ class Shortcuts:
 
     last_block_skips_history: nobody reads the history behind the last block, so it gives keys and values there and
     nothing else.
+    collapses_pad_tokens: the zero rows behind a prompt make equal keys and values, so that one row stands for all.
     """
 
     last_block_skips_history: bool = False
+    collapses_pad_tokens: bool = False
 
 
 class HeliosTransformer(nn.Module):
@@ -52,12 +55,15 @@ class HeliosTransformer(nn.Module):
     Args:
         config: the checkpoint's transformer configuration.
         shortcuts: none by default, as guidance multiplies every difference in rounding.
+        attention: the backend of self-attention, a name out of `kernels.attention.NAMES`; `check_backend` tells
+            whether it can run.
     """
 
-    def __init__(self, config: TransformerConfig, shortcuts: Shortcuts = Shortcuts()) -> None:
+    def __init__(self, config: TransformerConfig, shortcuts: Shortcuts = Shortcuts(), *, attention: str = AUTO) -> None:
         super().__init__()
         self.config = config
         self.shortcuts = shortcuts
+        self.attention = attention
         self._offload: LayerOffload[Block] | None = None
         self.patch: Grid = config.patch_size
         self.patch_embedding = self._patch_projection(1)
@@ -91,24 +97,26 @@ class HeliosTransformer(nn.Module):
 
     def forward(self, batch: PackedBatch, text: PackedText) -> Tensor:
         """The flow of the M current tokens: [M, patch * C], channel innermost."""
-        x, layout, eps = self._embed(batch), batch.layout, self.config.eps
+        batch = replace(batch, self_attention=replace(batch.self_attention, backend=self.attention))
         time = self.condition_embedder.embed_time(batch.timesteps)
         layers = [Modulation.of(rows) for rows in kernels.modulation_table(self.scale_shift_tables, time.modulation)]
-        stream = Stream(x=x, layout=layout, cross_attention=batch.cross_attention)
-        normed = kernels.layer_norm_modulate(x, layers[0].shift, layers[0].scale, layout.row, eps)
+        stream = Stream(x=self._embed(batch), layout=batch.layout, text=text)
         blocks = self._each_block()
-        for index, (own, following) in enumerate(pairwise(layers)):
-            block = next(blocks)
-            fed = block.feed(stream, block.attn1(normed, batch), text.layer(index), own)
-            normed = kernels.gated_residual_norm(x, fed, own.ff_gate, layout.row, following.shift, following.scale, eps)
         block = next(blocks)
+        normed = block.enter(stream, layers[0])
+        for index, (own, following) in enumerate(pairwise(layers)):
+            fed = block.feed(stream, block.attn1(normed, batch), index, own)
+            block = next(blocks)
+            normed = block.follow(stream, fed, own.ff_gate, following)
         if self.shortcuts.last_block_skips_history:
+            assert isinstance(normed, Tensor), "blocks at either end are not in FP8"
             attended, stream = block.attn1.of_current(normed, batch), stream.of_current()
         else:
             attended = block.attn1(normed, batch)
-        fed = block.feed(stream, attended, text.layer(-1), layers[-1])
+        fed = block.feed(stream, attended, len(layers) - 1, layers[-1])
         shift, scale = self.norm_out(time.hidden)
-        normed = kernels.gated_residual_norm(stream.x, fed, layers[-1].ff_gate, stream.layout.row, shift, scale, eps)
+        gate, row, eps = layers[-1].ff_gate, stream.layout.row, self.config.eps
+        normed = kernels.gated_residual_norm(stream.x, fed, gate, row, shift, scale, eps)
         return self.proj_out(stream.current(normed))
 
     def _embed(self, batch: PackedBatch) -> Tensor:
@@ -123,11 +131,18 @@ class HeliosTransformer(nn.Module):
         """Keys and values of one prompt for all layers.
 
         Args:
-            prompt_embeds: [L, text_dim]; zero rows behind the prompt are attended like any other.
+            prompt_embeds: [L, text_dim]; zero rows behind the prompt are attended like any other. To find them, where
+                they are collapsed, is to wait for the device that holds it.
         """
-        hidden = self.condition_embedder.embed_text(prompt_embeds.to(self.device, self.dtype))
+        length = len(prompt_embeds)
+        num_kept = min(num_real_rows(prompt_embeds) + 1, length) if self.shortcuts.collapses_pad_tokens else length
+        hidden = self.condition_embedder.embed_text(prompt_embeds[:num_kept].to(self.device, self.dtype))
         layers = [block.attn2.project_text(hidden) for block in self._each_block()]
-        return TextKV(keys=torch.stack([k for k, _ in layers]), values=torch.stack([v for _, v in layers]))
+        return TextKV(
+            keys=torch.stack([k for k, _ in layers]),
+            values=torch.stack([v for _, v in layers]),
+            repeats=length - num_kept + 1,
+        )
 
     def embed_history(self, history: History) -> HistoryTokens:
         """The tokens of one chunk's history, the same for all of its steps."""
@@ -148,12 +163,12 @@ class HeliosTransformer(nn.Module):
                 rope.short_rotary_rows((0, LAST_HISTORY_FRAME), (2, *grid[1:]), dims, theta),
             )
         )
-        return HistoryTokens(tokens=tokens, rotary=rotary.to(self.device))
+        return HistoryTokens(tokens=tokens, rotary=upload(rotary, self.device))
 
     def current_rotary(self, grid: Grid) -> Tensor:
         """Rotary rows of the current tokens on a patch grid (T, h, w): [T * h * w, 2, Dh/2] float32."""
         rows = rope.rotary_rows(FIRST_CURRENT_FRAME, grid, self.config.rope_dim, self.config.rope_theta)
-        return rows.to(self.device)
+        return upload(rows, self.device)
 
     def fused_parameters(self) -> Mapping[str, tuple[str, ...]]:
         """Our fused parameters and the checkpoint keys that are stacked along dimension 0 to make them."""
@@ -169,7 +184,8 @@ class HeliosTransformer(nn.Module):
         return fused
 
     def quantize(self, num_edge_blocks: int = NUM_EDGE_BLOCKS) -> None:
-        """Rounds the linear layers of all blocks but `num_edge_blocks` at either end to FP8."""
+        """Rounds the linear layers of all blocks but `num_edge_blocks` at either end, at least 1, to FP8."""
+        assert num_edge_blocks >= 1, "the last block takes its weights apart"
         self.config = replace(self.config, fp8_edge_blocks=num_edge_blocks)
         for index, block in enumerate(cast(Iterable[Block], self.blocks)):
             if self.config.is_fp8(index):
@@ -191,6 +207,13 @@ class HeliosTransformer(nn.Module):
         if padded.device.type == "cpu":  # oneDNN sums a long kernel in another order than a matrix product
             return projection(padded)[0].flatten(1).T
         return _project_patches(projection, patchify(padded[0], kernel))
+
+
+def num_real_rows(prompt_embeds: Tensor) -> int:
+    """How many rows [L, text_dim] are before the zero rows at the end; NaN is not zero."""
+    is_real = prompt_embeds.ne(0).any(1)
+    last = torch.arange(1, len(is_real) + 1, device=is_real.device) * is_real
+    return int(last.max().item())
 
 
 def _project_patches(projection: nn.Conv3d, patches: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
-"""The decoder's layers with channels last: the functions of `vae_layers` over the same weights, in fewer passes.
+"""The VAE's layers with channels last: the functions of `vae_layers` over the same weights, in fewer passes.
 
-A causal convolution reads a buffer with two spare frames in front, into which the norm before it writes; its bias
-travels with whatever follows. Every result is channels_last_3d: one conversion would undo the gain.
+A causal convolution reads a buffer with two spare frames in front, into which the norm before it writes, or windows of
+three frames side by side, over which a convolution in two dimensions gives the same; its bias travels with whatever
+follows. Every result is channels_last_3d: one conversion would undo the gain.
 
 Shape letters: B clips, C channels, T frames, H x W the grid at hand.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TypeVar
 
 import torch
@@ -15,10 +17,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from helios_serve.kernels.vae_epilogue import add_bias, convolve, place_with_bias
-from helios_serve.kernels.vae_norm_silu import norm_rows
+from helios_serve.kernels.vae_norm_silu import norm_rows, norm_windows
 from helios_serve.model_executor.vae_layers import (
     AttentionBlock,
     CausalConv3d,
+    Downsample,
     MidBlock,
     NormSilu,
     ResidualBlock,
@@ -48,10 +51,29 @@ def biased(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 
 def normed_conv(conv: CausalConv3d, norm: NormSilu, x: Tensor, slab: Slab, bias: Tensor | None = None) -> Tensor:
     """`conv` of the norm of `x + bias`, without its own bias: [B, C, T, H, W] -> [B, C', T, H, W]."""
+    if conv.window_weight is not None:
+        return _normed_windows_conv(conv, conv.window_weight, norm, x, slab, bias)
     frames, left = _frames_of(conv, x, slab)
     left_rows = None if left is None else _rows(left)
     norm_rows(_rows(x), norm.gamma.flatten(), bias, left_rows, True, _rows(frames))
     return _convolved(conv, frames, left, slab)
+
+
+def _normed_windows_conv(
+    conv: CausalConv3d, window_weight: Tensor, norm: NormSilu, x: Tensor, slab: Slab, bias: Tensor | None
+) -> Tensor:
+    num_clips, channels, num_frames, height, width = x.shape
+    left, num_taps = slab.take(conv), _CONTEXT + 1
+    shape = (num_clips, num_frames, height, width, num_taps, channels)
+    windows = torch.empty(shape, dtype=x.dtype, device=x.device)
+    left_rows = None if left is None else _rows(left)
+    seen = windows.view(num_clips, -1, num_taps, channels)
+    norm_windows(_rows(x), norm.gamma.flatten(), bias, left_rows, True, height * width, seen)
+    if not slab.is_last:
+        tail = _empty(x, channels, _CONTEXT) if left is None else left
+        slab.tails[conv] = tail.copy_(windows[:, -1, :, :, 1:].permute(0, 4, 3, 1, 2))
+    pictures = windows.view(num_clips * num_frames, height, width, -1).permute(0, 3, 1, 2)
+    return _kept(as_clip(convolve(pictures, window_weight, (1, 1)), num_clips))
 
 
 def residual_block(block: ResidualBlock, x: Tensor, slab: Slab) -> Tensor:
@@ -96,6 +118,24 @@ def up_block(block: UpBlock, x: Tensor, slab: Slab) -> Tensor:
     return x
 
 
+def down_layer(layer: nn.Module, x: Tensor, slab: Slab) -> Tensor:
+    """A residual block or a downsampling, of which the encoder is a row."""
+    if isinstance(layer, ResidualBlock):
+        return residual_block(layer, x, slab)
+    return downsample(_typed(layer, Downsample), x, slab)
+
+
+def downsample(layer: Downsample, x: Tensor, slab: Slab) -> Tensor:
+    """The layer of that name."""
+    pad, conv = layer.resample
+    frames = _typed(pad, nn.ZeroPad2d)(as_frames(x))
+    small = F.conv2d(frames, _typed(conv, nn.Conv2d).weight, stride=2)
+    x = biased(_typed(conv, nn.Conv2d), _kept(as_clip(small, x.shape[0])))
+    if layer.time_conv is None:
+        return x
+    return layer.halve_frames(layer.time_conv, x, slab).contiguous(memory_format=LAYOUT)
+
+
 def upsample(layer: Upsample, x: Tensor, slab: Slab) -> Tensor:
     """The layer of that name."""
     if layer.time_conv is not None:
@@ -136,6 +176,15 @@ def folded_upsample(x: Tensor, folded_weight: Tensor, bias: Tensor) -> Tensor:
         lower, right = divmod(index, 2)
         place_with_bias(part[:, lower : lower + height, right : right + width], bias, out[:, lower::2, right::2])
     return _kept(as_clip(out.permute(0, 3, 1, 2), num_clips))
+
+
+def widen(module: nn.Module, channels: Container[int], dtype: torch.dtype) -> None:
+    """Gives 3x3x3 convolutions of so many input channels their weights over windows: [C', 3C, 3, 3], the oldest frame's
+    channels first."""
+    for layer in module.modules():
+        if isinstance(layer, CausalConv3d) and layer.in_channels in channels and layer.kernel_size == (3, 3, 3):
+            wide = layer.weight.transpose(1, 2).flatten(1, 2)
+            layer.window_weight = wide.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def fold(layer: Upsample, dtype: torch.dtype) -> None:

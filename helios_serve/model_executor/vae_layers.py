@@ -43,10 +43,14 @@ class Slab:
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution over the present and the two previous frames, which are zero at the start of a clip; keeps H x W."""
+    """Convolution over the present and the two previous frames, which are zero at the start of a clip; keeps H x W.
+
+    `window_weight` is made from the weight when the fused decoder lays the three frames side by side.
+    """
 
     def __init__(self, in_dim: int, out_dim: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> None:
         super().__init__(in_dim, out_dim, kernel)
+        self.window_weight: Tensor | None = None
 
     def forward(self, x: Tensor, slab: Slab) -> Tensor:  # type: ignore[override]
         """[B, C, T, H, W] -> [B, out_dim, T, H, W]."""
@@ -144,10 +148,10 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, slab: Slab) -> Tensor:
         x = as_clip(self.resample(as_frames(x)), x.shape[0])
-        return x if self.time_conv is None else self._halve_frames(self.time_conv, x, slab)
+        return x if self.time_conv is None else self.halve_frames(self.time_conv, x, slab)
 
     @staticmethod
-    def _halve_frames(time_conv: nn.Conv3d, x: Tensor, slab: Slab) -> Tensor:
+    def halve_frames(time_conv: nn.Conv3d, x: Tensor, slab: Slab) -> Tensor:
         """1 + 2n frames -> 1 + n in the first slab, where frame 0 is passed on as it is; then 2n -> n."""
         last = slab.take(time_conv)
         if last is not None:

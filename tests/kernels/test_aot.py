@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels_aot.json"
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MATRIX = ("attend_", "cross_attention_")
+"""How the names of kernels begin that multiply matrices."""
 INTERLEAVED = {"to_uint8", "rgb_to_yuv420"}
 """They read pixels of three channels, which lie side by side: no wide loads."""
 GROWTH = 8
@@ -37,6 +39,7 @@ def test_kernels_stay_within_registers_and_shared_memory(compiled: dict[str, Any
         assert usage["registers"] <= 255, usage
         assert usage["stack_bytes"] == 0, usage
         assert usage["shared_bytes"] <= SHARED_LIMIT_BYTES[usage["capability"]], usage
+        assert usage["matrix_products"] > 0 or not usage["kernel"].startswith(MATRIX), usage
         assert usage["wide_loads"] > 0 or usage["kernel"] in INTERLEAVED, usage
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from helios_serve.kernels import reference_vae
-from helios_serve.kernels.cases_vae import Shape
+from helios_serve.kernels.op_case import Shape
 from helios_serve.kernels.vae_epilogue import add_bias, convolve, launch_add_bias, launch_place_with_bias
 from tests.kernels.vae_cases import arguments_of, assert_agrees, assert_only_read, case_of, outcome, runs_of
 

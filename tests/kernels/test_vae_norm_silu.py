@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from helios_serve.kernels import reference_vae
-from helios_serve.kernels.cases_vae import Shape
+from helios_serve.kernels.op_case import Shape
 from helios_serve.kernels.vae_norm_silu import launch_norm_rows, norm_rows
 from tests.kernels.vae_cases import arguments_of, assert_agrees, assert_only_read, case_of, outcome, runs_of
 
@@ -24,7 +24,7 @@ CASE = case_of("norm_rows")
 X, GAMMA, BIAS, LEFT, SILU, OUT = range(6)
 
 
-@pytest.mark.parametrize(("name", "shape", "dtype"), runs_of("norm_rows"), ids=str)
+@pytest.mark.parametrize(("name", "shape", "dtype"), runs_of("norm_rows", "norm_windows"), ids=str)
 def test_kernel_equals_its_reference(name: str, shape: Shape, dtype: torch.dtype) -> None:
     case = case_of(name)
     arguments, before = (arguments_of(case, shape, dtype) for _ in range(2))

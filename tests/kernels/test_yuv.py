@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from helios_serve.kernels.cases_vae import Shape
+from helios_serve.kernels.op_case import Shape
 from helios_serve.kernels.yuv import launch_rgb_to_yuv420, launch_to_uint8, rgb_to_yuv420, to_uint8
 from tests.kernels.vae_cases import arguments_of, assert_agrees, case_of, outcome, runs_of
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helios_serve import kernels
 from helios_serve.config import ModelConfig
@@ -41,6 +44,14 @@ def test_a_linear_layer_is_near_what_it_was() -> None:
 
 
 @torch.inference_mode()
+def test_rows_that_are_quantised_already_are_taken_as_they_are() -> None:
+    linear = Fp8Linear.quantized(nn.Linear(256, 96).to(torch.bfloat16).requires_grad_(False))
+    x = torch.randn(41, 256).to(torch.bfloat16)
+    assert torch.equal(linear(kernels.quantize_rows(x)), linear(x))
+    assert torch.equal(linear(kernels.gelu_quantize_rows(x)), linear(kernels.gelu_tanh(x)))
+
+
+@torch.inference_mode()
 def _flow(transformer: HeliosTransformer) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     channels, dtype = transformer.config.in_channels, transformer.dtype
@@ -55,9 +66,39 @@ def _flow(transformer: HeliosTransformer) -> torch.Tensor:
     return transformer(*pack([sequence], transformer.patch)).float()
 
 
+class _Trace(TorchDispatchMode):
+    """Counts the operators of `helios_serve.kernels`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        self.calls[name] += namespace == "helios"
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_are_quantised_in_the_pass_that_makes_them(tiny_distilled: Path) -> None:
+    transformer = load_transformer(open_checkpoint(ModelConfig(model=str(tiny_distilled), dtype="bfloat16")))
+    transformer.quantize(num_edge_blocks=1)
+    with _Trace() as trace:
+        _flow(transformer)
+    fused = {name: count for name, count in trace.calls.items() if count and ("fp8" in name or "quantize" in name)}
+    assert fused == {
+        "gated_residual_norm_fp8": 1,
+        "gated_residual_split_norm_fp8": 1,
+        "residual_scatter_norm_fp8": 1,
+        "gelu_quantize_rows": 1,
+        "quantize_rows": 2,  # what the two attentions give
+    }
+
+
 def test_a_saved_checkpoint_is_what_was_quantised_at_load(tiny_distilled: Path, tmp_path: Path) -> None:
     bf16 = load_transformer(open_checkpoint(ModelConfig(model=str(tiny_distilled), dtype="bfloat16")))
     exact = _flow(bf16)
+    with pytest.raises(AssertionError):
+        bf16.quantize(num_edge_blocks=0)
     bf16.quantize(num_edge_blocks=1)
     rounded = _flow(bf16)
     assert 1e-3 < (rounded - exact).norm() / exact.norm() < 0.2
@@ -87,6 +128,8 @@ def test_what_cannot_be_quantised_is_refused(tiny_distilled: Path, tmp_path: Pat
         save_quantized(tiny_distilled, tmp_path / "new")
     with pytest.raises(CheckpointError, match="exists"):
         save_quantized(tiny_distilled, tmp_path, num_edge_blocks=1)
+    with pytest.raises(CheckpointError, match="at least 1"):
+        save_quantized(tiny_distilled, tmp_path / "new", num_edge_blocks=0)
     save_quantized(tiny_distilled, tmp_path / "fp8", num_edge_blocks=1)
     with pytest.raises(CheckpointError, match="in FP8 already"):
         save_quantized(tmp_path / "fp8", tmp_path / "again", num_edge_blocks=1)

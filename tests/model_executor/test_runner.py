@@ -15,7 +15,7 @@ from torch import Tensor
 from helios_serve.config import ModelConfig
 from helios_serve.errors import InvalidRequestError
 from helios_serve.faults import NO_FAULTS, Fault, FaultPlan
-from helios_serve.model_executor.batch import ChunkInput, NotFiniteError, ParkedChunk
+from helios_serve.model_executor.batch import ChunkInput, ChunkState, NotFiniteError, ParkedChunk
 from helios_serve.model_executor.conditioning import Conditioning
 from helios_serve.model_executor.model import HeliosModel, load_model
 from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV
@@ -326,6 +326,129 @@ def test_text_in_use_survives_its_eviction(distilled: HeliosModel, projected: li
     assert torch.equal(bench.finish()["fox"], expected)
 
 
+def test_text_in_use_is_found_whatever_the_limit(distilled: HeliosModel, projected: list[TextKV]) -> None:
+    bench = Bench(distilled, text_cache_bytes=1)
+    names = ("fox", "owl", "elk")
+    for name in names:
+        bench.begin(request(name, steps=(2, 2, 2)))
+    for name in names:
+        bench.begin(request(f"{name} again", prompt=name, seed=2))
+    assert len(projected) == 3
+    bench.finish()
+    assert len(bench.runner._texts) == 1  # the one used last
+
+
+def test_text_is_let_go_however_its_chunk_ends(distilled: HeliosModel) -> None:
+    """Finished, parked, aborted, failed or never begun: nobody holds it any longer."""
+    error = RuntimeError("out of luck")
+    culprit = Fault(point="dit.step", action="raise", where={"request_id": "bad"}, times=9, error=error)
+    bench = Bench(distilled, text_cache_bytes=1, faults=FaultPlan(culprit))
+    for name in ("fox", "owl", "elk", "bad"):
+        bench.begin(request(name, guidance_scale=3.0))
+    bench.runner.park("owl")
+    bench.runner.abort("elk")
+    bench.finish()
+    assert bench.failed == {"bad": error}
+    chunk = dataclasses.replace(bench.encode(request("cod")), generator_state=b"short")
+    with pytest.raises(RuntimeError, match="RNG state"):
+        bench.runner.join(chunk)
+    assert len(bench.runner._texts) == 1
+    assert all(entry.num_users == 0 for entry in bench.runner._texts._entries.values())
+
+
+def test_many_prompts_in_a_small_pool_make_the_same_videos(distilled: HeliosModel) -> None:
+    names = ("fox", "owl", "elk", "cod")
+    expected = {name: alone(distilled, request(name, num_frames=66)) for name in names}
+    bench = Bench(distilled, text_cache_bytes=1)
+    for name in names:
+        bench.begin(request(name, num_frames=66))
+        bench.step()
+    for name, latents in bench.finish().items():
+        assert_same(latents, expected[name])
+
+
+# Steps without a forward
+
+ZEROED = [((3, 2, 2), 1, 2), ((3, 2, 2), 0, 1), ((3, 2, 2), 5, 3), ((1, 2, 1), 1, 1)]
+"""Steps, `zero_steps`, and how many steps are zeroed: one more than that, in the first stage."""
+
+
+@pytest.mark.parametrize(("steps", "zero_steps", "num_zeroed"), ZEROED)
+def test_zeroed_steps_need_no_forward_and_change_no_bit(
+    mid: HeliosModel, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], zero_steps: int, num_zeroed: int
+) -> None:
+    video = request("fox", steps=steps, guidance_scale=5.0, use_zero_init=True, zero_steps=zero_steps, num_frames=66)
+    bench = Bench(mid)
+    bench.begin(video)
+    made = bench.finish()["fox"]
+    assert bench.pack_sizes == [2] * 2 * (sum(steps) - num_zeroed)
+
+    needs_forward, advance = ChunkState.needs_forward.fget, ChunkState.advance  # type: ignore[attr-defined]
+    predicted = []
+
+    def throw_away(state: ChunkState, flows: list[Tensor]) -> None:
+        predicted.append(len(flows))
+        with monkeypatch.context() as patch:
+            patch.setattr(ChunkState, "needs_forward", property(needs_forward))
+            advance(state, flows if state.needs_forward else [])
+
+    monkeypatch.setattr(ChunkState, "needs_forward", True)
+    monkeypatch.setattr(ChunkState, "advance", throw_away)
+    assert torch.equal(alone(mid, video), made)
+    assert predicted == [2] * 2 * sum(steps)
+
+
+def test_a_step_that_nobody_needs_a_forward_for_is_still_a_step(mid: HeliosModel) -> None:
+    seen = []
+
+    class Plan(FaultPlan):
+        def at(self, point: str, **facts: object) -> bool:
+            seen.append((facts["request_id"], facts["stage"], facts["step"], facts["num_chunks"]))
+            return False
+
+    bench = Bench(mid, faults=Plan())
+    for name in ("fox", "owl"):
+        bench.begin(request(name, steps=(3, 1, 1), guidance_scale=5.0, use_zero_init=True))
+    for step in range(2):
+        result = bench.step()
+        assert [(name, cursor.stage, cursor.step) for name, cursor in result.steps] == [
+            ("fox", 0, step),
+            ("owl", 0, step),
+        ]
+        assert (result.pack_sizes, result.max_tokens) == ((), None)
+    assert bench.step().pack_sizes == (4,)
+    assert seen == [(name, 0, step, 2) for step in range(3) for name in ("fox", "owl")]
+
+
+def test_a_pack_holds_those_who_need_a_forward(mid: HeliosModel) -> None:
+    videos = [
+        request("fox", steps=(3, 1, 1), guidance_scale=5.0, use_zero_init=True),
+        request("owl", steps=(3, 1, 1), guidance_scale=5.0, seed=3),
+        request("elk", steps=(3, 1, 1), seed=4),
+    ]
+    bench = Bench(mid)
+    for video in videos:
+        bench.begin(video)
+    made = bench.finish()
+    assert bench.pack_sizes == [3, 3, 5, 5, 5]
+    for video in videos:
+        assert_same(made[video.request_id], alone(mid, video))
+
+
+def test_steps_without_a_forward_teach_no_limit(mid: HeliosModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(mid)
+    bench.begin(request("idle", steps=(3, 1, 1), guidance_scale=5.0, use_zero_init=True))
+    for name in ("fox", "owl"):
+        bench.begin(request(name, steps=(3, 1, 1)))
+    tokens = bench.runner._chunks["fox"].num_tokens
+    assert bench.runner._chunks["idle"].num_tokens == 0
+    device = SmallDevice(mid, monkeypatch, limit=tokens)
+    result = bench.step()
+    assert device.tried == [2 * tokens, tokens, tokens]
+    assert (result.pack_sizes, result.max_tokens) == ((1, 1), tokens)
+    assert {name for name, _ in result.steps} == {"idle", "fox", "owl"}
+
+
 # Parking
 
 PARKED = {
@@ -431,7 +554,7 @@ def test_one_bad_number_in_any_sampler_is_found(
     def spoil(batch: PackedBatch, text: PackedText) -> Tensor:
         flows = predict(batch, text).clone()
         calls.append(1)
-        if len(calls) == 3:  # use_zero_init ignores the first two of Mid
+        if len(calls) == 3:
             flows[0, 0] = value
         return flows
 

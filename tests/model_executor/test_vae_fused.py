@@ -1,4 +1,4 @@
-"""The decoder with channels last: equal to the plain one, mutants of its edges, preparation."""
+"""The VAE with channels last: equal to the plain one, mutants of its edges, preparation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helios_serve.kernels.vae_epilogue import launch_add_bias, launch_place_with_bias
-from helios_serve.kernels.vae_norm_silu import launch_norm_rows
+from helios_serve.kernels.vae_norm_silu import launch_norm_rows, launch_norm_windows
 from helios_serve.model_executor import vae_fused
 from helios_serve.model_executor.vae import PARITY, VaeConfig, VaeOptions, WanVAE
 from helios_serve.model_executor.vae_layers import CausalConv3d, Slab, Upsample
@@ -24,8 +24,11 @@ from helios_serve.model_executor.vae_layers import CausalConv3d, Slab, Upsample
 CONFIG = VaeConfig(base_dim=8)
 UNFOLDED = VaeOptions(layout="channels_last")
 FOLDED = VaeOptions(layout="channels_last", is_upsample_folded=True)
+WINDOWED = VaeOptions(
+    layout="channels_last", is_upsample_folded=True, windowed_channels=(8, 32), windowed_encoder_channels=(8, 16)
+)
 BF16 = VaeOptions.on(torch.device("cuda"))
-BOTH = pytest.mark.parametrize("options", [UNFOLDED, FOLDED], ids=["unfolded", "folded"])
+EACH = pytest.mark.parametrize("options", [UNFOLDED, FOLDED, WINDOWED], ids=["unfolded", "folded", "windowed"])
 CLEARLY_WRONG = 1e-2  # outputs are of the order of 0.3
 EXACT = 1e-12
 STOCK = 1e-6  # the reference upsamples in float32
@@ -59,7 +62,7 @@ def ours(options: VaeOptions, dtype: torch.dtype = torch.float64) -> WanVAE:
     with torch.inference_mode(False):
         made = WanVAE(CONFIG, options).requires_grad_(False).to(dtype)
         made.load_state_dict(copy.deepcopy(stock().state_dict()))
-        made.prepare_decoder()
+        made.prepare()
         return made
 
 
@@ -87,9 +90,11 @@ def slab(*, is_first: bool = True, is_last: bool = True) -> Slab:
 # Layers against the plain ones in float64
 
 
+@EACH
 @pytest.mark.parametrize("index", [(0, 0), (1, 0), (2, 0), (3, 1)], ids=str)
-def test_residual_block(index: tuple[int, int]) -> None:
-    block = ours(FOLDED).decoder.up_blocks[index[0]].resnets[index[1]]
+def test_residual_block(options: VaeOptions, index: tuple[int, int]) -> None:
+    block = ours(options).decoder.up_blocks[index[0]].resnets[index[1]]
+    assert (block.conv1.window_weight is not None) == (block.conv1.in_channels in options.windowed_channels)
     x = clip(block.conv1.in_channels, 3)
     out = vae_fused.residual_block(block, x, slab())
     assert distance(out, block(x, slab())) < EXACT
@@ -101,7 +106,7 @@ def test_attention_block() -> None:
     assert distance(vae_fused.attention_block(block, x), block(x, slab())) < EXACT
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize(("is_first", "num_frames"), [(True, 1), (True, 4), (False, 3)])
 def test_upsample(options: VaeOptions, level: int, is_first: bool, num_frames: int) -> None:
@@ -133,10 +138,14 @@ def test_tails_are_what_the_next_slab_needs_and_reuse_their_memory() -> None:
     assert len(places) == 1
 
 
+def is_causal(layer: nn.Module) -> TypeGuard[CausalConv3d]:
+    return isinstance(layer, CausalConv3d)
+
+
 # Whole decodes
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("num_frames", [1, 2, 9])
 def test_decode_equals_reference(options: VaeOptions, num_frames: int) -> None:
     z = latents(num_frames)
@@ -146,7 +155,7 @@ def test_decode_equals_reference(options: VaeOptions, num_frames: int) -> None:
     assert distance(frames, stock().decode(z).sample) < STOCK
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("slab_frames", [8, 4, 3, 2, 1])
 def test_slabs_equal_whole_clip(options: VaeOptions, slab_frames: int) -> None:
     vae, z = ours(options), latents(9, (2, 3))
@@ -160,12 +169,25 @@ def test_slabs_equal_whole_clip(options: VaeOptions, slab_frames: int) -> None:
     height=st.integers(1, 3),
     width=st.integers(1, 3),
     num_clips=st.integers(1, 2),
+    options=st.sampled_from([FOLDED, WINDOWED]),
 )
 def test_any_slabs_equal_the_plain_decoder(
-    num_frames: int, slab_frames: int, height: int, width: int, num_clips: int
+    num_frames: int, slab_frames: int, height: int, width: int, num_clips: int, options: VaeOptions
 ) -> None:
     z = latents(num_frames, (height, width), num_clips)
-    assert distance(ours(FOLDED).decode(z, slab_frames), ours(PARITY).decode(z)) < EXACT
+    assert distance(ours(options).decode(z, slab_frames), ours(PARITY).decode(z)) < EXACT
+
+
+@pytest.mark.parametrize("slab_frames", [None, 2, 1])
+@pytest.mark.parametrize("num_frames", [1, 5, 9])
+def test_encode_equals_reference(num_frames: int, slab_frames: int | None) -> None:
+    frames = torch.rand(2, 3, num_frames, 16, 24, dtype=torch.float64) * 2 - 1
+    theirs = stock().encode(frames).latent_dist
+    mean, logvar = ours(WINDOWED).encode(frames, slab_frames)
+    assert sum(conv.window_weight is not None for conv in ours(WINDOWED).encoder.modules() if is_causal(conv)) == 9
+    assert mean.std() > 0.05
+    assert distance(mean, theirs.mean) < EXACT
+    assert distance(logvar.clamp(-30, 20), theirs.logvar) < EXACT
 
 
 def test_options_say_how_long_slabs_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +213,10 @@ def test_a_clip_leaves_nothing_behind() -> None:
 
 @pytest.mark.parametrize("is_folded", [False, True])
 def test_bf16_is_no_farther_from_float64_than_the_stock_decoder(is_folded: bool) -> None:
-    options = VaeOptions(precision="bf16", layout="channels_last", is_upsample_folded=is_folded)
+    channels = (8, 16, 32) if is_folded else ()
+    options = VaeOptions(
+        precision="bf16", layout="channels_last", is_upsample_folded=is_folded, windowed_channels=channels
+    )
     z = latents(3)
     exact = stock().decode(z).sample
     theirs = (stock(torch.bfloat16).decode(z.bfloat16()).sample.double() - exact).square().mean((0, 1, 3, 4)).sqrt()
@@ -205,7 +230,7 @@ def test_bf16_is_no_farther_from_float64_than_the_stock_decoder(is_folded: bool)
 def test_kernels_decode_slabs_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="the kernels run in Triton's interpreter, and Triton is not installed")
     z = latents(2, (2, 3)).float()
-    expected = ours(FOLDED, torch.float32).decode(z, 1)
+    expected = ours(WINDOWED, torch.float32).decode(z, 1)
     called: Counter[str] = Counter()
 
     def counted(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,10 +241,16 @@ def test_kernels_decode_slabs_in_the_interpreter(monkeypatch: pytest.MonkeyPatch
         return run
 
     monkeypatch.setattr(vae_fused, "norm_rows", counted(launch_norm_rows))
+    monkeypatch.setattr(vae_fused, "norm_windows", counted(launch_norm_windows))
     monkeypatch.setattr(vae_fused, "add_bias", counted(launch_add_bias))
     monkeypatch.setattr(vae_fused, "place_with_bias", counted(launch_place_with_bias))
-    frames = ours(FOLDED, torch.float32).decode(z, 1)
-    assert called == {"launch_norm_rows": 60, "launch_add_bias": 34, "launch_place_with_bias": 28}
+    frames = ours(WINDOWED, torch.float32).decode(z, 1)
+    assert called == {
+        "launch_norm_rows": 16,
+        "launch_norm_windows": 44,
+        "launch_add_bias": 34,
+        "launch_place_with_bias": 28,
+    }
     assert distance(frames, expected) < 1e-5
     assert distance(frames, stock().decode(z.double()).sample) < 1e-5
 
@@ -325,15 +356,28 @@ def _name_of(module: nn.Module, layer: nn.Module) -> str:
     return next(name for name, one in module.named_modules() if one is layer)
 
 
+def test_windows_are_the_frames_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames in another order, or a window that ends a frame early, must differ."""
+    conv, z = ours(WINDOWED).decoder.up_blocks[3].resnets[0].conv1, latents(2)
+    expected = ours(PARITY).decode(z)
+    assert distance(ours(WINDOWED).decode(z), expected) < EXACT
+    monkeypatch.setattr(conv, "window_weight", torch.cat(conv.window_weight.chunk(3, dim=1)[::-1], dim=1))
+    assert distance(ours(WINDOWED).decode(z), expected) > CLEARLY_WRONG
+
+
 def test_defaults_are_parity_on_cpu_and_bf16_on_cuda() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert VaeOptions.on(cpu) == VaeOptions.on(cuda, "fp32") == VaeOptions() == PARITY
+    assert VaeOptions.on(cpu) == VaeOptions() == PARITY
     assert VaeOptions.on(cuda) == VaeOptions.on(cpu, "bf16")
     assert (BF16.precision, BF16.layout, BF16.is_upsample_folded) == ("bf16", "channels_last", True)
+    exact = VaeOptions.on(cuda, "fp32")
+    assert (exact.precision, exact.layout, exact.is_upsample_folded) == ("fp32", "channels_last", False)
     with pytest.raises(AssertionError, match="bf16"):
         VaeOptions(precision="bf16")
     with pytest.raises(AssertionError, match="folded"):
         VaeOptions(is_upsample_folded=True)
+    with pytest.raises(AssertionError, match="windows"):
+        VaeOptions(windowed_channels=(8,))
 
 
 def test_parity_options_leave_the_module_as_it_was() -> None:

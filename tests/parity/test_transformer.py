@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helios_serve.model_executor.history import History
-from helios_serve.model_executor.packing import TokenSequence, pack, unpack
-from helios_serve.model_executor.transformer import HeliosTransformer, Shortcuts
+from helios_serve.model_executor.packing import TextKV, TokenSequence, pack, unpack
+from helios_serve.model_executor.transformer import HeliosTransformer, Shortcuts, num_real_rows
 from tests.parity.models import TEXT_DIM, transformer_pair
 
 LIMIT = 1e-5
@@ -150,3 +151,81 @@ def test_the_last_block_can_leave_the_history_out(amplify_history: bool) -> None
     exact.shortcuts = Shortcuts(last_block_skips_history=True)
     for flow, expected in zip(_flows(exact, sequences), whole, strict=True):
         torch.testing.assert_close(flow, expected, rtol=1e-12, atol=1e-12)
+
+
+NUM_PADDED = 512
+
+
+def _prompt(num_real: int) -> Tensor:
+    embeds = torch.zeros(NUM_PADDED, TEXT_DIM, dtype=torch.float64)
+    embeds[:num_real] = torch.randn(num_real, TEXT_DIM, generator=torch.Generator().manual_seed(num_real))
+    return embeds
+
+
+def _sequence_of(model: HeliosTransformer, embeds: Tensor, size: tuple[int, int] = (4, 6)) -> TokenSequence:
+    generator = torch.Generator().manual_seed(size[0])
+    history = History(frames=torch.randn(16, 19, *size, generator=generator), first=None)
+    x = torch.randn(16, 9, *size, dtype=torch.float64, generator=generator)
+    return _sequence(model, history, x, 500.0, embeds)
+
+
+def _collapsing() -> tuple[HeliosTransformer, HeliosTransformer]:
+    """Two models of float64 weights; the second one collapses pad tokens."""
+    exact = copy.deepcopy(transformer_pair()[1]).double()
+    shortened = copy.copy(exact)
+    shortened.shortcuts = Shortcuts(collapses_pad_tokens=True)
+    return exact, shortened
+
+
+@pytest.mark.parametrize("num_real", [1, 37, 120, 226, 511, 512])
+@torch.inference_mode()
+def test_pads_can_be_one_key(num_real: int) -> None:
+    """In float64, where the order of sums does not show; with the logit of any other number of pads it shows."""
+    exact, shortened = _collapsing()
+    (expected,) = _flows(exact, [_sequence_of(exact, _prompt(num_real))])
+    sequence = _sequence_of(shortened, _prompt(num_real))
+    text = sequence.text
+    num_pads = NUM_PADDED - num_real
+    assert (text.num_tokens, text.repeats) == ((num_real + 1, num_pads) if num_pads else (NUM_PADDED, 1))
+    (flow,) = _flows(shortened, [sequence])
+    torch.testing.assert_close(flow, expected, rtol=1e-12, atol=1e-12)
+    mutants = [dataclasses.replace(text, repeats=text.repeats + 1)]
+    if num_pads > 1:
+        mutants += [dataclasses.replace(text, repeats=repeats) for repeats in (num_pads - 1, 1)]
+        mutants += [TextKV(keys=text.keys[:, :-1].contiguous(), values=text.values[:, :-1].contiguous())]
+    for mutant in mutants:
+        (wrong,) = _flows(shortened, [dataclasses.replace(sequence, text=mutant)])
+        assert (wrong - expected).abs().max() > 1e-9
+
+
+@torch.inference_mode()
+def test_each_sequence_of_a_pack_collapses_its_own_pads() -> None:
+    exact, shortened = _collapsing()
+    members = ((120, (4, 6)), (512, (8, 4)), (1, (4, 4)), (511, (6, 4)))
+    expected = _flows(exact, [_sequence_of(exact, _prompt(n), size) for n, size in members])
+    flows = _flows(shortened, [_sequence_of(shortened, _prompt(n), size) for n, size in members])
+    for flow, right in zip(flows, expected, strict=True):
+        torch.testing.assert_close(flow, right, rtol=1e-12, atol=1e-12)
+
+
+def test_only_rows_of_zeros_at_the_end_are_pads() -> None:
+    embeds = _prompt(40)
+    embeds[10:20] = 0
+    assert num_real_rows(embeds) == 40
+    embeds[-1, -1] = 1e-30
+    assert num_real_rows(embeds) == NUM_PADDED
+    embeds[-1, -1] = -0.0
+    assert num_real_rows(embeds) == 40
+    embeds[100, 3] = torch.nan
+    assert num_real_rows(embeds) == 101
+    assert num_real_rows(torch.zeros(5, 3)) == 0
+
+
+@torch.inference_mode()
+def test_a_prompt_of_zeros_is_one_key() -> None:
+    exact, shortened = _collapsing()
+    (expected,) = _flows(exact, [_sequence_of(exact, _prompt(0))])
+    sequence = _sequence_of(shortened, _prompt(0))
+    assert (sequence.text.num_tokens, sequence.text.repeats) == (1, NUM_PADDED)
+    (flow,) = _flows(shortened, [sequence])
+    torch.testing.assert_close(flow, expected, rtol=1e-12, atol=1e-12)
