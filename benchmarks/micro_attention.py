@@ -156,6 +156,6 @@ def _cross(bench: Bench, case: OpCase, shape: Shape, name: str) -> Measurement:
 
 
 SECTIONS = (
-    Section(name="micro/attention", value_rank=12, expected_s=25, run=attention),
-    Section(name="micro/cross_attention", value_rank=14, expected_s=3, run=cross_attention),
+    Section(name="micro/attention", value_rank=23, expected_s=25, run=attention),
+    Section(name="micro/cross_attention", value_rank=19, expected_s=3, run=cross_attention),
 )

@@ -131,4 +131,4 @@ def _variant(bench: Bench, grid: _Grid, variant: Convolve, x: Tensor, weight: Te
     )
 
 
-SECTIONS = (Section(name="micro/conv3d", value_rank=11, expected_s=15, run=conv3d),)
+SECTIONS = (Section(name="micro/conv3d", value_rank=20, expected_s=10, run=conv3d),)

@@ -85,4 +85,4 @@ def targets(name: str, shape: Shape) -> tuple[float | None, float | None]:
     return (75, 85) if plain in _VAE else (None, None)
 
 
-SECTIONS = (Section(name="micro/fused", value_rank=13, expected_s=25, run=fused),)
+SECTIONS = (Section(name="micro/fused", value_rank=14, expected_s=20, run=fused),)

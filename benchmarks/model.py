@@ -306,13 +306,13 @@ def _peak_bytes(device: torch.device, run: Callable[[int], object]) -> int:
 
 
 SECTIONS = (
-    Section(name="decode", value_rank=21, expected_s=12, run=measure_decode),
-    Section(name="forwards", value_rank=22, expected_s=25, run=measure_forwards),
-    Section(name="forward_parts", value_rank=23, expected_s=6, run=measure_forward_parts),
+    Section(name="decode", value_rank=11, expected_s=10, run=measure_decode),
+    Section(name="forwards", value_rank=13, expected_s=20, run=measure_forwards),
+    Section(name="forward_parts", value_rank=24, expected_s=6, run=measure_forward_parts),
     *chunks.SECTIONS,
     *text.SECTIONS,
-    Section(name="encode", value_rank=25, expected_s=3, run=measure_encode),
-    Section(name="memory", value_rank=26, expected_s=6, run=measure_memory),
-    Section(name="fp8", value_rank=44, expected_s=40, run=measure_fp8),
+    Section(name="encode", value_rank=21, expected_s=5, run=measure_encode),
+    Section(name="memory", value_rank=22, expected_s=6, run=measure_memory),
+    Section(name="fp8", value_rank=16, expected_s=25, run=measure_fp8),
     Section(name="packs", value_rank=46, expected_s=35, run=measure_packs),
 )

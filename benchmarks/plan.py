@@ -44,9 +44,9 @@ FULL = Sizes(
     width=640,
     repetitions=20,
     warm_up_chunks=2,
-    chunks_111=24,
+    chunks_111=20,
     chunks_222=20,
-    rival_chunks=20,
+    rival_chunks=10,
 )
 TINY = Sizes(
     is_full=False,

@@ -77,9 +77,9 @@ def measure_vae(bench: Bench) -> list[Measurement]:
 
 
 SECTIONS = (
-    Section(name="rival_eager", value_rank=31, expected_s=60, run=measure_eager),
-    Section(name="rival_compiled", value_rank=30, expected_s=120, run=measure_compiled),
-    Section(name="rival_vae", value_rank=32, expected_s=12, run=measure_vae),
+    Section(name="rival_eager", value_rank=25, expected_s=60, run=measure_eager),
+    Section(name="rival_compiled", value_rank=15, expected_s=80, run=measure_compiled),
+    Section(name="rival_vae", value_rank=26, expected_s=12, run=measure_vae),
 )
 
 
