@@ -12,8 +12,10 @@ from html import escape
 
 from benchmarks.outcome import Result
 from benchmarks.plan import Measurement
+from benchmarks.titles import title_of
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 760, 420, 70, 50, 30, 20
+_NAMES_WIDTH = 270.0
 _COLOURS = ("#2563eb", "#dc2626", "#16a34a", "#9333ea", "#ea580c", "#475569")
 
 
@@ -84,10 +86,10 @@ def stacked(title: str, unit: str, rows: Mapping[str, Mapping[str, float]]) -> s
     step = (_HEIGHT - _TOP - _BOTTOM) / max(1, len(rows))
     parts_drawn = [_text(_LEFT, 18, f"{title} [{unit}]")]
     for index, (row, parts) in enumerate(rows.items()):
-        top, left = _TOP + index * step, 160.0
-        parts_drawn.append(_text(10, top + step / 2, row))
+        top, left = _TOP + index * step, _NAMES_WIDTH
+        parts_drawn.append(_text(10, top + step / 2, title_of(row).removesuffix(": idle share of the GPU")))
         for name in names:
-            width = parts.get(name, 0.0) / longest * (_WIDTH - 240)
+            width = parts.get(name, 0.0) / longest * (_WIDTH - _NAMES_WIDTH - 80)
             colour = _COLOURS[names.index(name) % len(_COLOURS)]
             parts_drawn.append(
                 f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{step * 0.7:.1f}" fill="{colour}">'

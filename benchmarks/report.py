@@ -15,6 +15,7 @@ from benchmarks.environment import ROOT
 from benchmarks.outcome import RESULTS, RefusedError, Result, keep, read, refusals
 from benchmarks.plan import Measurement
 from benchmarks.plots import pictures
+from benchmarks.titles import title_of
 
 RESULTS_PAGE = ROOT / "benchmarks" / "RESULTS.md"
 README = ROOT / "README.md"
@@ -182,7 +183,8 @@ def readme_block(folder: Path = RESULTS) -> str:
         lines += [f"{result.environment['device']}, [{path.name}](benchmarks/results/{path.name}):", ""]
         lines += [_row(("", "unit", "measured", "goal", "limit")), _row(["---"] * 5)]
         lines += [
-            _row((one.name, one.unit, _number(one.value), _number(one.goal), _number(one.limit))) for one in with_goal
+            _row((title_of(one.name), one.unit, _number(one.value), _number(one.goal), _number(one.limit)))
+            for one in with_goal
         ]
         lines.append("")
     return "\n".join(lines) if lines else "No result has been measured yet.\n"
