@@ -8,6 +8,7 @@ operator per fused kernel.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def operator(
     Returns: what calls it.
     """
     name = schema.partition("(")[0]
+    _check_defaults(schema, kernel)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, shapes, "Meta")
@@ -63,6 +65,15 @@ def operator(
         _LIBRARY.impl(name, kernel, "CUDA")
     overload: Callable[..., Any] = getattr(torch.ops.helios, name).default
     return overload
+
+
+def _check_defaults(schema: str, kernel: Callable[..., Any]) -> None:
+    """The dispatcher leaves out arguments that have their default values."""
+    parameters = inspect.signature(kernel).parameters.values()
+    arguments = torch._C.parse_schema(f"helios::{schema}").arguments
+    for argument, parameter in zip(arguments, parameters, strict=False):
+        is_left_out = argument.has_default_value() and parameter.default is inspect.Parameter.empty
+        assert not is_left_out, f"{schema}: {parameter.name} of {kernel.__name__} needs a default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,3 +79,13 @@ def test_candidates_are_the_default_and_rows_in_one_piece_among_others(width: in
     assert default_plan(width) in plans
     assert max(plan.block for plan in plans) == block_of(width)
     assert len({*plans}) == len(plans) == 6
+
+
+def test_a_kernel_has_the_defaults_of_its_operator() -> None:
+    """Devices are given fewer arguments than callers give where those are the defaults."""
+
+    def halve(x: torch.Tensor, scale: float) -> torch.Tensor:
+        return x * scale
+
+    with pytest.raises(AssertionError, match="scale of halve needs a default"):
+        launch.operator("halve(Tensor x, float scale=0.5) -> Tensor", reference=halve, kernel=halve, shapes=halve)
