@@ -15,13 +15,12 @@ from starlette.responses import JSONResponse, Response
 from helios_serve.api.playground import playground_files, playground_headers
 from helios_serve.types import FRAMES_PER_CHUNK
 from tests.api.session_fakes import FakeJob, FakeService, Script, Server, serving
-from tests.browser.conftest import Visit, browser
+from tests.browser.conftest import Visit
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
 
 pytestmark = pytest.mark.browser
-__all__ = ["browser"]
 
 DETAILS = {
     "variant": "distilled",
