@@ -70,7 +70,7 @@ def test_file_is_complete(rehearsal: _Rehearsal) -> None:
     assert needed <= data.keys()
     assert data["rehearsal"] is True
     assert data["gate"] == "green"
-    assert data["workload"]["transformer"]["num_layers"] == 2
+    assert data["workload"]["transformer"]["num_layers"] == 3
     assert [gate["name"] for gate in data["gates"]] == [gate.name for gate in gpu.gates()]
     measured = [one for section in data["sections"] for one in section["measurements"]]
     assert len({one["name"] for one in measured}) == len(measured)
@@ -160,7 +160,7 @@ def test_good_result_is_kept_and_shown(tmp_path: Path) -> None:
     page = report.page(tmp_path)
     assert "| dit/forward_ms/stage0 | ms | 120 |  | 1 | 125 | 115 | 86.1 | gate met |" in page
     assert "SM clock 1500 to 1980 MHz, power up to 700 W." in page
-    assert "| dit/forward_ms/stage0 | ms | 120 | 115 | 86.1 |" in report.readme_block(tmp_path)
+    assert "| forward, stage 0 | ms | 120 | 115 | 86.1 |" in report.readme_block(tmp_path)
     assert "micro" not in report.readme_block(tmp_path)
 
 

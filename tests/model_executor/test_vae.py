@@ -292,7 +292,7 @@ def test_decode_mutants_are_rejected(
 @pytest.mark.parametrize(
     ("layer", "method", "mutant"),
     [
-        (Downsample, "_halve_frames", staticmethod(frame_0_halved)),
+        (Downsample, "halve_frames", staticmethod(frame_0_halved)),
         (CausalConv3d, "forward", replicate_padding),
     ],
     ids=["frame-0-halved", "replicate"],
