@@ -6,6 +6,7 @@ Shapes of attention are (heads, head size, queries of each segment, then keys of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -58,39 +59,30 @@ def _merged(shape: Shape, dtype: torch.dtype) -> list[Any]:
     return [poisoned(out_a), poisoned(lse_a), poisoned(out_b), poisoned(lse_b)]
 
 
-def _by_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: list[int],
-    cu_k: list[int],
-    scale: float,
-    key_bias: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    assert backend == AUTO
-    return attend_triton(q, k, v, Segments(cu_q=tuple(cu_q), cu_k=tuple(cu_k), scale=scale, key_bias=key_bias))
+def _with_bounds(run: Callable[[Tensor, Tensor, Tensor, Segments], tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """`run` with the operator's arguments."""
 
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: list[int],
+        cu_k: list[int],
+        scale: float,
+        key_bias: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        assert backend == AUTO
+        return run(q, k, v, Segments(cu_q=tuple(cu_q), cu_k=tuple(cu_k), scale=scale, key_bias=key_bias))
 
-def _by_definition(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: list[int],
-    cu_k: list[int],
-    scale: float,
-    key_bias: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    assert backend == AUTO
-    return attend_math(q, k, v, Segments(cu_q=tuple(cu_q), cu_k=tuple(cu_k), scale=scale, key_bias=key_bias))
+    return call
 
 
 ATTEND = OpCase(
     name="attend",
     operator=attend_packed,
-    launch=_by_triton,
-    reference=_by_definition,
+    launch=_with_bounds(attend_triton),
+    reference=_with_bounds(attend_math),
     inputs=_attended,
     odd=((2, 16, 1, 1), (2, 40, 67, 541), (1, 24, 1, 67, 13, 67, 1, 200), (2, 128, 31, 33, 1, 40, 130, 129, 5, 1)),
     served=(

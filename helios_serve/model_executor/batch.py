@@ -154,13 +154,9 @@ class ChunkState:
 
     @property
     def needs_forward(self) -> bool:
-        """Whether the next step takes a predicted flow; CFG-Zero* begins with zero flow instead.
-
-        The reference zeroes one step more than `zero_steps` says.
-        """
-        params = self.input.params
-        is_zeroing = self._uncond is not None and self.rules.guidance == "cfg_zero_star" and params.use_zero_init
-        return not (is_zeroing and self.cursor.stage == 0 and self.cursor.step <= params.zero_steps)
+        """Whether the next step takes a predicted flow; CFG-Zero* begins with zero flow instead."""
+        is_begun = self.cursor.stage > 0 or self.cursor.step >= self.input.params.num_zeroed_steps
+        return is_begun or self.rules.guidance != "cfg_zero_star"
 
     def sequences(self) -> list[TokenSequence]:
         """The sequences of the next step: the conditional one, and the unconditional one under guidance; none if the

@@ -43,7 +43,8 @@ _T = TypeVar("_T")
 
 _WINDOWED_BF16, _WINDOWED_FP32 = (96, 384), (96, 192, 384)
 """With cuDNN 9.19 on an H100, 33 frames of 96 channels at 384x640 take 7.3 instead of 16.6 ms in bfloat16, and 17
-frames 8.3 instead of 19.1 ms in float32 (TF32 products, as PyTorch's default has them)."""
+frames 8.3 instead of 19.1 ms in float32 (TF32 products, as PyTorch's default has them).
+Source: benchmarks/results/2026-11-27_trials_h100.log."""
 VaePrecision = Literal["fp32", "bf16"]
 
 
