@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, cast
 
@@ -291,6 +293,16 @@ def test_the_committed_stubs_are_those_of_the_proto(tmp_path: Path) -> None:
     for path in made:
         committed = root / source.parent / path.name
         assert _without_version(path) == _without_version(committed), f"run make proto: {committed.name} is old"
+
+
+@pytest.mark.skipif(shutil.which("buf") is None, reason="buf is not installed (npm: @bufbuild/buf)")
+def test_the_proto_passes_buf_lint() -> None:
+    package = Path(helios_serve.api.__file__).parent / "proto"
+    rules = '{"version": "v2", "lint": {"use": ["STANDARD"]}}'
+    done = subprocess.run(
+        ["buf", "lint", "--config", rules, str(package)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _without_version(path: Path) -> str:

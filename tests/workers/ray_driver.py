@@ -34,6 +34,7 @@ from helios_serve.types import (
     VideoRequest,
 )
 from helios_serve.workers.encoder import EncoderWorker
+from helios_serve.workers.processes import descendants
 from helios_serve.workers.ray_executor import RayExecutor
 from helios_serve.workers.vae import VaeWorker
 
@@ -63,11 +64,12 @@ class Driver:
         self.executor = executor
         self.history: list[Heard] = []
         self._queue: queue.SimpleQueue[Heard] = queue.SimpleQueue()
+        self._others = descendants(os.getpid())
         executor.start(lambda event: self._queue.put(Heard(time.monotonic(), event)))
 
     def hear(self, kind: type[E], match: Callable[[E], bool] = lambda _: True, wait_s: float = WAIT_S) -> E:
         """The next event of a kind; those before it are in `history`."""
-        deadline = time.monotonic() + wait_s
+        deadline = time.monotonic() + patience(wait_s)
         while True:
             self.history.append(self._queue.get(timeout=max(0.0, deadline - time.monotonic())))
             event = self.history[-1].event
@@ -127,6 +129,10 @@ class Driver:
         """Prints how long after `since` events came; `pytest -s` shows it."""
         times = ", ".join(f"{type(event).__name__} {self.heard_at(event) - since:.3f} s" for event in events)
         print(f"[{what}] {times}")
+
+    def pids(self) -> list[int]:
+        """The processes below this one that began with the executor or later."""
+        return [process.pid for process in descendants(os.getpid()) if process not in self._others]
 
     def kill(self, group: str, rank: int = 0, kind: signal.Signals = signal.SIGKILL) -> int:
         pid = self.executor.processes(group)[rank].pid

@@ -5,7 +5,6 @@ Driven by hand, without an engine: each test says what is submitted and whom it 
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from helios_serve.config import ExecutorConfig, ModelConfig
 from helios_serve.faults import Fault, FaultPlan
 from helios_serve.model_executor.model import load_model
 from helios_serve.types import Aborted, Beat, GroupLost, GroupUp, Parked, StepDone, TaskDone, TaskFailed, TensorRef
-from helios_serve.workers.processes import descendants
 
 ray = pytest.importorskip("ray")
 
@@ -277,7 +275,7 @@ class TestTwoRanks:
         driver.hear(Beat, lambda event: event.group == "dit-0")
 
     def test_nothing_is_left_after_close(self, driver: Driver) -> None:
-        before = [process.pid for process in descendants(os.getpid())]
+        before = driver.pids()
         frozen = driver.kill("dit-0", rank=1, kind=signal.SIGSTOP)
         assert frozen in before
         started = time.monotonic()
