@@ -195,21 +195,44 @@ def _is_address(host: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GivenDegrees:
+    """Over how many ranks a forward is to be shared along each axis; None leaves it to the server. head_groups: in how
+    many parts the heads of a rank travel."""
+
+    cfg: int | None = None
+    ring: int | None = None
+    ulysses: int | None = None
+    head_groups: int = 1
+
+
+FREE_DEGREES = GivenDegrees()
+"""Nothing is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorConfig:
     """The workers of a Ray cluster: how many of each role, and what each one may use.
 
     num_encoders: encoder workers. num_dit_groups: DiT groups, each with the whole transformer. num_dit_ranks: processes
-    of one DiT group, all on one node. num_vaes: VAE workers. gpus_per_*: a share of one GPU; 0 on CPU. cpus_per_*:
-    cores that Ray sets aside, and compute threads of a CPU worker (at least one). address: of a running cluster,
-    `host:port` or `auto`; None starts one on this machine. object_store_bytes: of a cluster that we start; /dev/shm
-    must hold it. cache_bytes: conditionings that a DiT rank keeps. beat_s: between the beats of a worker, which is
-    replaced after 2 s without one. spawn_timeout_s: until a worker's process must answer. load_timeout_s: until it must
-    be ready.
+    of one DiT group, all on one node. ulysses: ranks that exchange tokens for heads in attention; divides the heads of
+    the checkpoint. ring: ranks between which keys and values go around. cfg_degree: 2 gives the two sequences of
+    guidance to two halves of a group. cfg_degree x ring x ulysses is num_dit_ranks; what is not given is chosen so that
+    the fewest bytes are sent. head_groups: parts in which `ulysses` exchanges the heads of a rank, so that one travels
+    while another is attended to; not measured yet. num_vaes: VAE workers. gpus_per_*: a share of one GPU; 0 on CPU.
+    cpus_per_*: cores that Ray sets aside, and compute threads of a CPU worker (at least one). address: of a running
+    cluster, `host:port` or `auto`; None starts one on this machine. object_store_bytes: of a cluster that we start;
+    /dev/shm must hold it. cache_bytes: conditionings that a DiT rank keeps. beat_s: between the beats of a worker,
+    which is replaced after 2 s without one. spawn_timeout_s: until a worker's process must answer. load_timeout_s:
+    until it must be ready.
     """
 
     num_encoders: int = 1
     num_dit_groups: int = 1
     num_dit_ranks: int = 1
+    ulysses: int | None = None
+    ring: int | None = None
+    cfg_degree: Literal[1, 2] | None = None
+    head_groups: int = 1
     num_vaes: int = 1
     gpus_per_encoder: float = 0.0
     gpus_per_rank: float = 0.0
@@ -225,9 +248,13 @@ class ExecutorConfig:
     load_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("num_encoders", "num_dit_groups", "num_dit_ranks", "num_vaes"):
+        for name in ("num_encoders", "num_dit_groups", "num_dit_ranks", "head_groups", "num_vaes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("ulysses", "ring", "cfg_degree"):
+            degree = getattr(self, name)
+            if degree is not None and (degree < 1 or self.num_dit_ranks % degree):
+                raise ValueError(f"{name} {degree}: must divide num_dit_ranks {self.num_dit_ranks}")
         for name in ("gpus_per_encoder", "gpus_per_rank", "gpus_per_vae"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be 0 to 1, a share of one GPU")
@@ -244,6 +271,11 @@ class ExecutorConfig:
             )
         if self.object_store_bytes < 80 << 20:
             raise ValueError(f"object_store_bytes {self.object_store_bytes}: Ray wants at least {80 << 20}")
+
+    @property
+    def degrees(self) -> GivenDegrees:
+        """How the ranks of a DiT group are to share a forward, as far as it is given."""
+        return GivenDegrees(cfg=self.cfg_degree, ring=self.ring, ulysses=self.ulysses, head_groups=self.head_groups)
 
     @property
     def num_cpus(self) -> int:

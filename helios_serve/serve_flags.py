@@ -76,6 +76,11 @@ Executor = Annotated[
 Encoders = Annotated[int | None, typer.Option(help="ray: encoder workers. [1]")]
 DitGroups = Annotated[int | None, typer.Option(help="ray: DiT groups. [1]")]
 DitRanks = Annotated[int | None, typer.Option(help="ray: processes of one DiT group. [1]")]
+Ulysses = Annotated[int | None, typer.Option(help="ray: ranks of a group that exchange heads; chosen.")]
+Ring = Annotated[int | None, typer.Option(help="ray: ranks of a group between which keys go around; chosen.")]
+CfgDegree = Annotated[
+    int | None, typer.Option(help="ray: 2 gives guidance's two sequences to two halves of a group; chosen.")
+]
 Vaes = Annotated[int | None, typer.Option(help="ray: VAE workers. [1]")]
 GpusPerEncoder = Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 0.25.")]
 GpusPerRank = Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 1.")]
@@ -120,6 +125,9 @@ KEYS = {
     "encoders": "ray.num_encoders",
     "dit_groups": "ray.num_dit_groups",
     "dit_ranks": "ray.num_dit_ranks",
+    "ulysses": "ray.ulysses",
+    "ring": "ray.ring",
+    "cfg_degree": "ray.cfg_degree",
     "vaes": "ray.num_vaes",
     "gpus_per_encoder": "ray.gpus_per_encoder",
     "gpus_per_rank": "ray.gpus_per_rank",

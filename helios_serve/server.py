@@ -35,6 +35,7 @@ from helios_serve.listening import Listeners, bound, shown_address
 from helios_serve.model_executor.model import HeliosModel, load_model, open_checkpoint
 from helios_serve.model_executor.model_config import CheckpointConfig
 from helios_serve.model_executor.runner import Runner
+from helios_serve.model_executor.spread import degrees_for, explain_degrees
 from helios_serve.settings import Settings, describe
 from helios_serve.store.connect import Stores, open_stores
 from helios_serve.surfaces import Parts, Surfaces, open_surfaces
@@ -81,7 +82,7 @@ def _put_together(settings: Settings, stores: Stores, signing: SigningKeys, trac
     """Loads the checkpoint; nothing runs yet."""
     model, engine, server, ray = settings.model, settings.engine, settings.server, settings.ray
     has_crashed = _watch_crashes(server.data_dir)
-    config, executor = _local(model) if ray is None else (open_checkpoint(model).config, ray_executor(model, ray))
+    config, executor = _local(model) if ray is None else _on_cluster(model, ray)
     info = config.info(model.served_name)
     metrics = Metrics(info.name, alias=server.metrics_alias)
     costs = cost_model(config, model.device, is_shared=ray is None)
@@ -125,6 +126,15 @@ def _commit() -> str | None:
 def _local(model: ModelConfig) -> tuple[CheckpointConfig, Executor]:
     loaded = load_model(model)
     return loaded.config, local_executor(loaded)
+
+
+def _on_cluster(model: ModelConfig, ray: ExecutorConfig) -> tuple[CheckpointConfig, Executor]:
+    """Raises: ValueError for degrees that do not fit the checkpoint."""
+    config = open_checkpoint(model).config
+    degrees = degrees_for(config, ray.num_dit_ranks, ray.degrees)
+    if degrees.num_ranks > 1:
+        logger.info(explain_degrees(degrees, config, model.dtype))
+    return config, ray_executor(model, ray)
 
 
 def local_executor(model: HeliosModel) -> LocalExecutor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from helios_serve.model_executor import guidance
 from helios_serve.model_executor.history import History, HistoryTokens
 from helios_serve.model_executor.model_config import SchedulerConfig
-from helios_serve.model_executor.packing import TextKV, TokenSequence, upload
+from helios_serve.model_executor.packing import TextKV, TokenSequence
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding
 from helios_serve.model_executor.rope import Grid
 from helios_serve.model_executor.sampling.base import UniPCMemory, UniPCOrders, euler_step, unipc_step
@@ -22,6 +22,7 @@ from helios_serve.model_executor.sampling.dmd import dmd_step
 from helios_serve.model_executor.sampling.pyramid import block_noise, enlarge, shrink_noise
 from helios_serve.model_executor.sampling.schedule import ChunkSchedule, StageSchedule, chunk_schedule
 from helios_serve.model_executor.transformer import HeliosTransformer
+from helios_serve.parallel.shards import upload
 from helios_serve.types import LATENT_FRAMES_PER_CHUNK, Guidance, SamplingParams, StepCursor
 
 

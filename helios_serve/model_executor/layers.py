@@ -19,6 +19,7 @@ from helios_serve.kernels.quantize_rows import empty_rows
 from helios_serve.model_executor.model_config import TransformerConfig
 from helios_serve.model_executor.packing import Layout, PackedBatch
 from helios_serve.model_executor.quantize import Fp8Linear, QuantizedRows, make_linear, quantize_linears
+from helios_serve.parallel.context_parallel import attend_sharded
 
 MAX_HISTORY_SCALE = 10.0
 """Upper end of the amplified history's key scale; the lower end is 1."""
@@ -64,7 +65,7 @@ class SelfAttention(nn.Module):
             self._history_scale(),
             batch.layout.row,
         )
-        out, _ = kernels.attend(q, k, v, batch.self_attention)
+        out = attend_sharded(q, k, v, batch.self_attention)
         return self.to_out[0](out.flatten(1))
 
     def of_current(self, normed: Tensor, batch: PackedBatch) -> Tensor:
@@ -76,8 +77,7 @@ class SelfAttention(nn.Module):
         eps, row = self.norm_q.eps, batch.layout.row
         q = kernels.norm_rope(self._heads(q), self.norm_q.weight, batch.rotary[current], eps)
         k = kernels.norm_rope(self._heads(k), self.norm_k.weight, batch.rotary, eps, self._history_scale(), row)
-        segments = replace(batch.self_attention, cu_q=batch.layout.cu_current)
-        out, _ = kernels.attend(q, k, self._heads(v), segments)
+        out = attend_sharded(q, k, self._heads(v), batch.current_attention)
         return self.to_out[0](out.flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:

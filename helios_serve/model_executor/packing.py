@@ -1,5 +1,5 @@
-"""Packs sequences of different lengths into one batch and back. Knows token counts, patches and modulation rows; knows
-nothing of schedules, guidance or ranks.
+"""Packs sequences of different lengths into one batch and back, or the part of it that one rank holds. Knows token
+counts, patches and modulation rows; knows nothing of schedules or guidance.
 
 The packed stream is request-major: history of sequence 0, current tokens of sequence 0, history of sequence 1, ...
 """
@@ -20,6 +20,9 @@ from helios_serve.kernels.cross_attention import PackedText as PackedText
 from helios_serve.kernels.cross_attention import places_of
 from helios_serve.model_executor.history import HistoryTokens
 from helios_serve.model_executor.rope import Grid
+from helios_serve.parallel.context_parallel import SpreadSegments, spread_segments
+from helios_serve.parallel.mesh import SOLO, Mesh
+from helios_serve.parallel.shards import Shards, shard, upload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +85,12 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """The tokens of all sequences of a step, back to back, without padding.
+    """The tokens of all sequences of a step that this rank holds, back to back, without padding.
 
     history: [sum of Nh, D] embedded history tokens. patches: [M, C * patch] current latents, not yet embedded.
     rotary: [N, 2, Dh/2] float32. timesteps: [1 + sequences] float32, the first one, 0, being the history's.
-    self_attention over the N tokens. grids: (T, h, w) of each sequence in patches.
+    self_attention over the tokens of all ranks, current_attention for the current ones alone. shards: of history and
+    current tokens over the ranks. grids: (T, h, w) of each sequence in patches.
     """
 
     history: Tensor
@@ -94,40 +98,63 @@ class PackedBatch:
     rotary: Tensor
     timesteps: Tensor
     layout: Layout
-    self_attention: Segments
+    self_attention: SpreadSegments
+    current_attention: SpreadSegments
+    shards: Shards
     grids: tuple[Grid, ...]
 
     @property
     def num_tokens(self) -> int:
         return self.layout.cu_tokens[-1]
 
+    def attended_by(self, backend: str) -> PackedBatch:
+        """The same, whose self-attention is computed by the backend of that name."""
+        of_all, of_current = self.self_attention.by(backend), self.current_attention.by(backend)
+        return replace(self, self_attention=of_all, current_attention=of_current)
 
-def pack(sequences: Many[TokenSequence], patch: Grid) -> tuple[PackedBatch, PackedText]:
+
+def pack(sequences: Many[TokenSequence], patch: Grid, mesh: Mesh = SOLO) -> tuple[PackedBatch, PackedText]:
     """Lays the tokens of `sequences` back to back.
 
     Args:
-        sequences: at least one, on one device and of one dtype.
+        sequences: at least one, on one device and of one dtype; the same on all ranks of `mesh.tokens`.
         patch: the transformer's patch size (1, ph, pw).
     """
     device = sequences[0].x.device
-    layout = _layout(tuple(len(s.history.tokens) for s in sequences), tuple(len(s.rotary) for s in sequences), device)
+    shards = shard(tuple((len(s.history.tokens), len(s.rotary)) for s in sequences), mesh.tokens.size)
+    parts = [(s, past, now) for s, (past, now) in zip(sequences, shards.of_rank(mesh.tokens.rank), strict=True)]
+    layout = _layout(
+        tuple(past.stop - past.start for _, past, _ in parts), tuple(now.stop - now.start for *_, now in parts), device
+    )
     scale = attention_scale(2 * sequences[0].rotary.shape[-1])
     batch = PackedBatch(
-        history=torch.cat([s.history.tokens for s in sequences]),
-        patches=torch.cat([patchify(s.x, patch) for s in sequences]),
-        rotary=torch.cat([part for s in sequences for part in (s.history.rotary, s.rotary)]),
+        history=torch.cat([s.history.tokens[past] for s, past, _ in parts]),
+        patches=torch.cat([patchify(s.x, patch)[now] for s, _, now in parts]),
+        rotary=torch.cat([rows for s, past, now in parts for rows in (s.history.rotary[past], s.rotary[now])]),
         timesteps=upload(torch.tensor([0.0, *(s.timestep for s in sequences)]), device),
         layout=layout,
-        self_attention=Segments(cu_q=layout.cu_tokens, cu_k=layout.cu_tokens, scale=scale),
-        grids=tuple((s.x.shape[1] // patch[0], s.x.shape[2] // patch[1], s.x.shape[3] // patch[2]) for s in sequences),
+        self_attention=_attention(shards, shards, scale, mesh, device),
+        current_attention=_attention(shards.only(1), shards, scale, mesh, device),
+        shards=shards,
+        grids=grids_of(sequences, patch),
     )
     return batch, _pack_text([s.text for s in sequences], layout, scale, device)
 
 
 def unpack(rows: Tensor, batch: PackedBatch, patch: Grid) -> list[Tensor]:
-    """The transformer's output rows [M, patch * C] as one flow [C, T, h, w] per sequence."""
-    lengths = [t * h * w for t, h, w in batch.grids]
-    return [unpatchify(part, grid, patch) for part, grid in zip(rows.split(lengths), batch.grids, strict=True)]
+    """The transformer's output rows [M, patch * C], of all ranks, as one flow [C, T, h, w] per sequence."""
+    return split_flows(rows, batch.grids, patch)
+
+
+def split_flows(rows: Tensor, grids: Many[Grid], patch: Grid) -> list[Tensor]:
+    """Output rows [sum of T * h * w, patch * C] as one flow [C, T, h, w] per patch grid."""
+    lengths = [t * h * w for t, h, w in grids]
+    return [unpatchify(part, grid, patch) for part, grid in zip(rows.split(lengths), grids, strict=True)]
+
+
+def grids_of(sequences: Many[TokenSequence], patch: Grid) -> tuple[Grid, ...]:
+    """(T, h, w) of each sequence in patches."""
+    return tuple((s.x.shape[1] // patch[0], s.x.shape[2] // patch[1], s.x.shape[3] // patch[2]) for s in sequences)
 
 
 def patchify(x: Tensor, patch: Grid) -> Tensor:
@@ -144,11 +171,10 @@ def unpatchify(rows: Tensor, grid: Grid, patch: Grid) -> Tensor:
     return blocks.reshape(blocks.shape[0], *(n * p for n, p in zip(grid, patch, strict=True)))
 
 
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copies a host tensor to the device without waiting for it."""
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+def _attention(queries: Shards, keys: Shards, scale: float, mesh: Mesh, device: torch.device) -> SpreadSegments:
+    last = mesh.tokens.size
+    whole = Segments(cu_q=queries.cu_rows(0, last), cu_k=keys.cu_rows(0, last), scale=scale)
+    return spread_segments(whole, queries, keys, mesh, device)
 
 
 def _pack_text(texts: Many[TextKV], layout: Layout, scale: float, device: torch.device) -> PackedText:

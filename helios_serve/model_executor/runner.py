@@ -18,9 +18,12 @@ from torch import Tensor
 from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.model_executor.batch import ChunkInput, ChunkOutput, ChunkState, ParkedChunk, SamplingRules
 from helios_serve.model_executor.memory import clear_cache, retry_out_of_memory
-from helios_serve.model_executor.packing import TextKV, TokenSequence, pack, unpack
+from helios_serve.model_executor.packing import TextKV
+from helios_serve.model_executor.spread import breaks_group, predict
 from helios_serve.model_executor.text_pool import TextPool
 from helios_serve.model_executor.transformer import HeliosTransformer
+from helios_serve.parallel.collectives import GroupBrokenError
+from helios_serve.parallel.mesh import SOLO, Mesh
 from helios_serve.types import StepCursor
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ class Runner:
         text_cache_bytes: limit of the kept text keys and values; those of running chunks are kept beyond it.
         faults: visited at `dit.step` for each chunk of a pack, before its forward, with request_id, chunk, stage, step
             (counted over the chunk's stages) and num_chunks (in this pack).
+        mesh: the ranks that share each forward; all of them run the same chunks in the same order.
     """
 
     def __init__(
@@ -72,10 +76,12 @@ class Runner:
         rules: SamplingRules,
         text_cache_bytes: int = 4 << 30,
         faults: FaultPlan = NO_FAULTS,
+        mesh: Mesh = SOLO,
     ) -> None:
         self.transformer = transformer
         self.rules = rules
         self._faults = faults
+        self._mesh = mesh
         self._texts = TextPool(text_cache_bytes)
         self._chunks: dict[str, ChunkState] = {}
         self._max_tokens: int | None = None
@@ -87,9 +93,13 @@ class Runner:
 
     @torch.inference_mode()
     def join(self, chunk: ChunkInput, parked: ParkedChunk | None = None) -> None:
-        """Takes a chunk in, from its beginning or from where it was parked; it takes part from the next step on."""
+        """Takes a chunk in, from its beginning or from where it was parked; it takes part from the next step on.
+
+        Raises: GroupBrokenError when memory runs out on one of several ranks.
+        """
         assert chunk.task_id not in self._chunks
-        self._chunks[chunk.task_id] = retry_out_of_memory(lambda: self._make_state(chunk, parked))
+        with breaks_group(self._mesh):
+            self._chunks[chunk.task_id] = retry_out_of_memory(lambda: self._make_state(chunk, parked))
 
     def park(self, task_id: str) -> ParkedChunk | None:
         """Takes a chunk out and returns its progress; None if there is no such chunk."""
@@ -103,7 +113,11 @@ class Runner:
     @torch.inference_mode()
     def step(self, task_ids: Sequence[str] | None = None) -> StepResult:
         """Advances the chunks of `task_ids`, or every active one, by one step: in one forward if it fits, in none if
-        nobody's step takes a predicted flow."""
+        nobody's step takes a predicted flow.
+
+        Raises: GroupBrokenError when a forward over several ranks fails, or memory runs out on one of them; no chunk
+            can go on then.
+        """
         log = _StepLog()
         for chunks in self._plan_packs(self.active if task_ids is None else task_ids):
             self._run_pack(chunks, log)
@@ -150,7 +164,10 @@ class Runner:
     def _run_pack(self, chunks: Sequence[ChunkState], log: _StepLog) -> None:
         """One forward for all. If it fails nobody has moved, and smaller ones follow: only the chunk at fault ends."""
         try:
-            flows = self._predict(chunks) if len(chunks) > 1 else retry_out_of_memory(lambda: self._predict(chunks))
+            with breaks_group(self._mesh):
+                flows = self._predict(chunks) if len(chunks) > 1 else retry_out_of_memory(lambda: self._predict(chunks))
+        except GroupBrokenError:
+            raise
         except Exception as error:
             failure = error
         else:
@@ -172,18 +189,12 @@ class Runner:
         """The flows of each chunk's sequences."""
         spoiled = [self._visit(chunk, len(chunks)) for chunk in chunks]
         sequences = [chunk.sequences() for chunk in chunks]
-        flows = iter(self._forward([sequence for own in sequences for sequence in own]))
+        flows = iter(predict(self.transformer, [sequence for own in sequences for sequence in own], self._mesh))
         own_flows = [[next(flows) for _ in own] for own in sequences]
         return [
             [torch.full_like(flow, torch.nan) for flow in own] if is_spoiled else own
             for own, is_spoiled in zip(own_flows, spoiled, strict=True)
         ]
-
-    def _forward(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
-        if not sequences:
-            return []
-        batch, text = pack(sequences, self.transformer.patch)
-        return unpack(self.transformer(batch, text), batch, self.transformer.patch)
 
     def _advance(self, chunks: Sequence[ChunkState], flows: Sequence[list[Tensor]], log: _StepLog) -> None:
         if any(flows):
@@ -193,8 +204,11 @@ class Runner:
             task_id, cursor = chunk.input.task_id, chunk.cursor
             # The others have moved on or will: one that fails must not stop them, nor be repeated with them.
             try:
-                chunk.advance(own)
-                output = chunk.output() if chunk.is_finished else None
+                with breaks_group(self._mesh):
+                    chunk.advance(own)
+                    output = chunk.output() if chunk.is_finished else None
+            except GroupBrokenError:
+                raise
             except Exception as error:
                 self._fail(chunk, error, log)
                 continue

@@ -29,9 +29,10 @@ from helios_serve.model_executor.history import (
 from helios_serve.model_executor.layers import Block, ConditionEmbedder, Modulation, OutputNorm, Stream
 from helios_serve.model_executor.model_config import TransformerConfig
 from helios_serve.model_executor.offload import LayerOffload
-from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, patchify, upload
+from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, patchify
 from helios_serve.model_executor.quantize import NUM_EDGE_BLOCKS
 from helios_serve.model_executor.rope import Grid
+from helios_serve.parallel.shards import upload
 
 _FLOAT32_PARTS = ("weight_scale", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "history_key_scale")
 
@@ -97,7 +98,7 @@ class HeliosTransformer(nn.Module):
 
     def forward(self, batch: PackedBatch, text: PackedText) -> Tensor:
         """The flow of the M current tokens: [M, patch * C], channel innermost."""
-        batch = replace(batch, self_attention=replace(batch.self_attention, backend=self.attention))
+        batch = batch.attended_by(self.attention)
         time = self.condition_embedder.embed_time(batch.timesteps)
         layers = [Modulation.of(rows) for rows in kernels.modulation_table(self.scale_shift_tables, time.modulation)]
         stream = Stream(x=self._embed(batch), layout=batch.layout, text=text)

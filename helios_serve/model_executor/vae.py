@@ -29,6 +29,7 @@ from helios_serve.model_executor.vae_layers import (
     UpBlock,
     Upsample,
 )
+from helios_serve.parallel.vae_shards import WHOLE, WidthShard
 
 _FILE = "vae/config.json"
 _RGB = 3  # channels of a pixel
@@ -208,14 +209,17 @@ class WanVAE(nn.Module):
         """Not on a CPU in float32, where the encoder sums in the reference's order."""
         return self.options.layout == "channels_last" and not _is_exact(self.quant_conv.weight)
 
-    def encode(self, frames: Tensor, slab_frames: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, frames: Tensor, slab_frames: int | None = None, columns: WidthShard = WHOLE
+    ) -> tuple[Tensor, Tensor]:
         """Parameters of the posterior, not normalised.
 
         Args:
             frames: [B, 3, 1 + 4k, H, W] in [-1, 1], H and W multiples of 8 (4 and 8: the config's scale factors).
             slab_frames: latent frames at a time, see the class.
+            columns: those that this rank computes, while the others of its axis call with the same frames.
 
-        Returns: mean and logvar, each [B, Z, 1 + k, H/8, W/8].
+        Returns: mean and logvar, each [B, Z, 1 + k, H/8, W/8]; of W/8 columns, this rank's.
         """
         ratio, cell = self.config.scale_factor_temporal, self.config.scale_factor_spatial
         num_frames, height, width = frames.shape[2:]
@@ -224,40 +228,46 @@ class WanVAE(nn.Module):
         encoder = self.encoder.fused if self._encodes_fused else self.encoder
         # A rounding here goes through all chunks of a video, and guidance multiplies it each time.
         exact = _is_exact(frames)
+        frames = columns.take(frames, cell)
         encoded = [
             encoder(frames[:, :, max(0, 1 + ratio * (start - 1)) : 1 + ratio * (end - 1)], slab)
-            for start, end, slab in _slabs(1 + (num_frames - 1) // ratio, slab_frames, keeps_sum_order=exact)
+            for start, end, slab in _slabs(1 + (num_frames - 1) // ratio, slab_frames, columns, keeps_sum_order=exact)
         ]
-        mean, logvar = self.quant_conv(torch.cat(encoded, dim=2)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(columns.own(torch.cat(encoded, dim=2))).chunk(2, dim=1)
         return mean, logvar
 
-    def decode(self, latents: Tensor, slab_frames: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, slab_frames: int | None = None, columns: WidthShard = WHOLE) -> Tensor:
         """Pixels of denormalised latents.
 
         Args:
             latents: [B, Z, T, H, W], see `denormalize`.
             slab_frames: latent frames at a time, see the class; None takes those of the options.
+            columns: those that this rank computes, while the others of its axis call with the same latents.
 
-        Returns: [B, 3, 1 + 4(T - 1), 8H, 8W], clamped to [-1, 1] (4 and 8: the config's scale factors).
+        Returns: [B, 3, 1 + 4(T - 1), 8H, 8W], clamped to [-1, 1] (4 and 8: the config's scale factors); of 8W columns,
+            this rank's.
         """
         length = self.options.slab_frames if slab_frames is None else slab_frames
-        slabs = _slabs(latents.shape[2], length, keeps_sum_order=False)
+        slabs = _slabs(latents.shape[2], length, columns, keeps_sum_order=False)
+        latents = columns.take(latents)
         if self.options.layout == "channels_last":
-            return self._decode_fused(latents, slabs)
+            return self._decode_fused(latents, slabs, columns)
         x = self.post_quant_conv(latents)
-        return torch.cat([self.decoder(x[:, :, start:end], slab).clamp(-1, 1) for start, end, slab in slabs], dim=2)
+        decoded = [columns.own(self.decoder(x[:, :, start:end], slab)).clamp(-1, 1) for start, end, slab in slabs]
+        return torch.cat(decoded, dim=2)
 
-    def _decode_fused(self, latents: Tensor, slabs: Iterator[tuple[int, int, Slab]]) -> Tensor:
+    def _decode_fused(self, latents: Tensor, slabs: Iterator[tuple[int, int, Slab]], columns: WidthShard) -> Tensor:
         """The result is in channels_last_3d: the frames' pixels lie back to back."""
         ratio, cell = self.config.scale_factor_temporal, self.config.scale_factor_spatial
         weight = self.post_quant_conv.weight
         x = vae_fused.pointwise(self.post_quant_conv, latents.to(weight.dtype, memory_format=vae_fused.LAYOUT))
-        num_clips, _, num_frames, height, width = x.shape
+        num_clips, _, num_frames, height, width = columns.own(x).shape
         shape = (num_clips, _RGB, 1 + ratio * (num_frames - 1), cell * height, cell * width)
         pixels = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=vae_fused.LAYOUT)
         for start, end, slab in slabs:
             first, last = max(0, 1 + ratio * (start - 1)), 1 + ratio * (end - 1)
-            torch.clamp(self.decoder.fused(x[:, :, start:end], slab), -1, 1, out=pixels[:, :, first:last])
+            decoded = columns.own(self.decoder.fused(x[:, :, start:end], slab))
+            torch.clamp(decoded, -1, 1, out=pixels[:, :, first:last])
         return pixels
 
     def normalize(self, latents: Tensor) -> Tensor:
@@ -359,18 +369,21 @@ class Decoder(nn.Module):
 
 
 def _slabs(
-    num_latent_frames: int, slab_frames: int | None, *, keeps_sum_order: bool
+    num_latent_frames: int, slab_frames: int | None, columns: WidthShard, *, keeps_sum_order: bool
 ) -> Iterator[tuple[int, int, Slab]]:
     """First and end latent frame of each slab of a clip, with the slab."""
     assert slab_frames is None or slab_frames > 0, f"slab_frames {slab_frames}: must be positive or None"
     starts = [0] if slab_frames is None else [0, *range(1, num_latent_frames, slab_frames)]
     tails: dict[nn.Module, Tensor] = {}
     for start, end in pairwise([*starts, num_latent_frames]):
-        yield (
-            start,
-            end,
-            Slab(is_first=start == 0, is_last=end == num_latent_frames, keeps_sum_order=keeps_sum_order, tails=tails),
+        slab = Slab(
+            is_first=start == 0,
+            is_last=end == num_latent_frames,
+            keeps_sum_order=keeps_sum_order,
+            tails=tails,
+            columns=columns,
         )
+        yield start, end, slab
 
 
 def _list(config: Mapping[str, object], key: str, default: tuple[_T, ...], kind: type[_T]) -> tuple[_T, ...]:

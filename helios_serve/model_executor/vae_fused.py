@@ -31,6 +31,7 @@ from helios_serve.model_executor.vae_layers import (
     as_clip,
     as_frames,
 )
+from helios_serve.parallel.vae_shards import WHOLE, WidthShard
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -69,6 +70,7 @@ def _normed_windows_conv(
     left_rows = None if left is None else _rows(left)
     seen = windows.view(num_clips, -1, num_taps, channels)
     norm_windows(_rows(x), norm.gamma.flatten(), bias, left_rows, True, height * width, seen)
+    slab.columns.fill_windows(windows)
     if not slab.is_last:
         tail = _empty(x, channels, _CONTEXT) if left is None else left
         slab.tails[conv] = tail.copy_(windows[:, -1, :, :, 1:].permute(0, 4, 3, 1, 2))
@@ -105,7 +107,7 @@ def mid_block(block: MidBlock, x: Tensor, slab: Slab) -> Tensor:
     first, last = block.resnets
     (attention,) = block.attentions
     x = residual_block(_typed(first, ResidualBlock), x, slab)
-    x = attention_block(_typed(attention, AttentionBlock), x)
+    x = slab.columns.by_frame(lambda frames: attention_block(_typed(attention, AttentionBlock), frames), x)
     return residual_block(_typed(last, ResidualBlock), x, slab)
 
 
@@ -128,9 +130,10 @@ def down_layer(layer: nn.Module, x: Tensor, slab: Slab) -> Tensor:
 def downsample(layer: Downsample, x: Tensor, slab: Slab) -> Tensor:
     """The layer of that name."""
     pad, conv = layer.resample
-    frames = _typed(pad, nn.ZeroPad2d)(as_frames(x))
+    slab.columns.fill(x)
+    frames = _typed(pad, nn.ZeroPad2d)(as_frames(x[..., slab.columns.ghosts :]))
     small = F.conv2d(frames, _typed(conv, nn.Conv2d).weight, stride=2)
-    x = biased(_typed(conv, nn.Conv2d), _kept(as_clip(small, x.shape[0])))
+    x = slab.columns.surround(biased(_typed(conv, nn.Conv2d), _kept(as_clip(small, x.shape[0]))))
     if layer.time_conv is None:
         return x
     return layer.halve_frames(layer.time_conv, x, slab).contiguous(memory_format=LAYOUT)
@@ -141,10 +144,11 @@ def upsample(layer: Upsample, x: Tensor, slab: Slab) -> Tensor:
     if layer.time_conv is not None:
         x = double_frames(layer.time_conv, x, slab)
     conv = _typed(layer.resample[1], nn.Conv2d)
+    slab.columns.fill(x)
     if layer.folded_weight is None:
-        large = F.interpolate(as_frames(x), scale_factor=2.0, mode="nearest-exact")
+        large = slab.columns.own(F.interpolate(as_frames(x), scale_factor=2.0, mode="nearest-exact"))
         return biased(conv, _kept(as_clip(convolve(large, conv.weight, (1, 1)), x.shape[0])))
-    return folded_upsample(x, layer.folded_weight, _bias(conv))
+    return folded_upsample(x, layer.folded_weight, _bias(conv), slab.columns)
 
 
 def double_frames(time_conv: CausalConv3d, x: Tensor, slab: Slab) -> Tensor:
@@ -162,19 +166,22 @@ def double_frames(time_conv: CausalConv3d, x: Tensor, slab: Slab) -> Tensor:
     return _kept(out)
 
 
-def folded_upsample(x: Tensor, folded_weight: Tensor, bias: Tensor) -> Tensor:
+def folded_upsample(x: Tensor, folded_weight: Tensor, bias: Tensor, columns: WidthShard = WHOLE) -> Tensor:
     """Nearest upsampling and a 3x3 convolution: x [B, C, T, H, W], weight of `fold_upsample` -> [B, C', T, 2H, 2W].
 
     One convolution computes all four phases on the small grid and one line and column more: the window of a phase
-    begins above and left of its pixel, or at it.
+    begins above and left of its pixel, or at it. Of the columns that ghosts become, the outer ones are left out.
     """
     num_clips, _, num_frames, height, width = x.shape
     phases = convolve(as_frames(x), folded_weight, (1, 1)).permute(0, 2, 3, 1)  # (B*T, H + 1, W + 1, 4C')
-    shape = (num_clips * num_frames, 2 * height, 2 * width, len(bias))
+    ghosts, num_placed = columns.ghosts, width - columns.ghosts  # of each parity
+    shape = (num_clips * num_frames, 2 * height, 2 * num_placed, len(bias))
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     for index, part in enumerate(phases.chunk(4, dim=3)):
         lower, right = divmod(index, 2)
-        place_with_bias(part[:, lower : lower + height, right : right + width], bias, out[:, lower::2, right::2])
+        first = max(right, ghosts)
+        seen = part[:, lower : lower + height, first : first + num_placed]
+        place_with_bias(seen, bias, out[:, lower::2, right ^ ghosts :: 2])
     return _kept(as_clip(out.permute(0, 3, 1, 2), num_clips))
 
 
@@ -248,10 +255,12 @@ def _frames_of(conv: CausalConv3d, x: Tensor, slab: Slab) -> tuple[Tensor, Tenso
 
 def _convolved(conv: CausalConv3d, frames: Tensor, left: Tensor | None, slab: Slab) -> Tensor:
     """`conv` without its bias over frames [B, C, 2 + T, H, W]; keeps the last two in the memory of `left`."""
+    _, tall, wide = conv.kernel_size
+    if wide > 1:
+        slab.columns.fill(frames[:, :, _CONTEXT:])
     if not slab.is_last:
         tail = _empty(frames, frames.shape[1], _CONTEXT) if left is None else left
         slab.tails[conv] = tail.copy_(frames[:, :, -_CONTEXT:])
-    _, tall, wide = conv.kernel_size
     return _kept(convolve(frames, conv.weight, (0, tall // 2, wide // 2)))
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from helios_serve.kernels import conv3d, rms_norm_silu, vae_rms_norm
+from helios_serve.parallel.vae_shards import WHOLE, WidthShard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +25,15 @@ class Slab:
 
     `tails` belongs to the clip: the last input frames of each temporal convolution, copied so that they do not keep
     the slab's activations alive. It is empty before the first slab and after the last one. With `keeps_sum_order`
-    norms and convolutions add up in the order of the reference, equal to the last bit and slower.
+    norms and convolutions add up in the order of the reference, equal to the last bit and slower. `columns`: those of
+    the picture that are at hand, with their ghosts, which a layer may overwrite in its input.
     """
 
     is_first: bool
     is_last: bool
     keeps_sum_order: bool
     tails: dict[nn.Module, Tensor]
+    columns: WidthShard = WHOLE
 
     def take(self, conv: nn.Module) -> Tensor | None:
         """The frames that `conv` left behind, None when it has not run in this clip."""
@@ -58,6 +61,8 @@ class CausalConv3d(nn.Conv3d):
         if left is None:
             left = x.new_zeros(()).expand(x.shape[0], x.shape[1], 2, *x.shape[3:])
         x = torch.cat((left, x), dim=2)
+        if self.kernel_size[2] > 1:
+            slab.columns.fill(x[:, :, 2:])
         slab.leave(self, x, 2)
         padding = (0, self.kernel_size[1] // 2, self.kernel_size[2] // 2)
         if slab.keeps_sum_order:
@@ -133,7 +138,7 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, slab: Slab) -> Tensor:
         x = self.resnets[0](x, slab)
-        x = self.attentions[0](x, slab)
+        x = slab.columns.by_frame(lambda frames: self.attentions[0](frames, slab), x)
         out: Tensor = self.resnets[1](x, slab)
         return out
 
@@ -147,7 +152,9 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if halves_frames else None
 
     def forward(self, x: Tensor, slab: Slab) -> Tensor:
-        x = as_clip(self.resample(as_frames(x)), x.shape[0])
+        slab.columns.fill(x)
+        small = self.resample(as_frames(x[..., slab.columns.ghosts :]))
+        x = slab.columns.surround(as_clip(small, x.shape[0]))
         return x if self.time_conv is None else self.halve_frames(self.time_conv, x, slab)
 
     @staticmethod
@@ -179,7 +186,9 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, slab: Slab) -> Tensor:
         if self.time_conv is not None:
             x = self._double_frames(self.time_conv, x, slab)
-        return as_clip(self.resample(as_frames(x)), x.shape[0])
+        slab.columns.fill(x)
+        enlarge, conv = self.resample
+        return as_clip(conv(slab.columns.own(enlarge(as_frames(x)))), x.shape[0])
 
     @staticmethod
     def _double_frames(time_conv: CausalConv3d, x: Tensor, slab: Slab) -> Tensor:

@@ -6,6 +6,7 @@ Knows ranks, sizes, time-outs and tensors; knows no nouns. Small decisions trave
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,11 +28,15 @@ class GroupBrokenError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankGroup:
-    """This process's place in a group. With more than one rank the default process group must exist."""
+    """This process's place in a group. With more than one rank the default process group must exist.
+
+    ranks_per_node: so many ranks in a row share a node; None if all do.
+    """
 
     rank: int = 0
     size: int = 1
     timeout_s: float = TIMEOUT_S
+    ranks_per_node: int | None = None
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value on every rank; the identity at size 1. What the other ranks pass is ignored.
@@ -47,7 +52,7 @@ class RankGroup:
         return box[0]
 
     def close(self) -> None:
-        """Leaves the group, and every axis made of it."""
+        """Leaves the group, and every axis made of it. The others hear of it once nobody here refers to these axes."""
         if self.size > 1:
             dist.destroy_process_group()
 
@@ -63,6 +68,25 @@ def connect(rank: int, size: int, address: str, timeout_s: float = TIMEOUT_S) ->
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size, timeout=timeout)
     return RankGroup(rank=rank, size=size, timeout_s=timeout_s)
+
+
+def connect_torchrun(timeout_s: float = TIMEOUT_S) -> RankGroup:
+    """Meets the processes that torchrun started together with this one, as it says in their environment; without
+    torchrun a process is alone. Where there are GPUs, the calling thread takes the one of its place on its node.
+
+    Raises: RuntimeError when the others do not come in time.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return RankGroup()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo", init_method="env://", timeout=timedelta(seconds=timeout_s))
+    return RankGroup(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        timeout_s=timeout_s,
+        ranks_per_node=int(os.environ["LOCAL_WORLD_SIZE"]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +125,14 @@ class Axis:
         if self.size == 1:
             return blocks
         received = torch.empty_like(blocks)
-        dist.all_to_all_single(received, blocks, group=self.group)
+        self.begin_all_to_all(blocks, received).wait()
         return received
+
+    def begin_all_to_all(self, sent: Tensor, received: Tensor) -> Transfer:
+        """Begins `all_to_all`, for more than one rank. Exchanges end in the order in which they begin."""
+        work = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+        assert work is not None
+        return Transfer((work,))
 
     def all_gather(self, block: Tensor) -> Tensor:
         """(N, ...) on each rank -> (p * N, ...) on all. Contiguous, one shape on all ranks."""

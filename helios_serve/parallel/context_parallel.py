@@ -6,7 +6,9 @@ like cross-attention, the same on every rank, so that this is the one place wher
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,11 +64,27 @@ def spread_segments(
 def attend_sharded(q: Tensor, k: Tensor, v: Tensor, segments: SpreadSegments) -> Tensor:
     """`kernels.attend` over all ranks: q (Nq/p, H, Dh), k and v (Nk/p, H, Dh) on each -> (Nq/p, H, Dh).
 
-    q and k are normed and rotated. At size 1 it is the kernel and nothing else.
+    q and k are normed and rotated. At size 1 it is the kernel and nothing else. In several groups of heads, one group
+    travels while another is attended to.
     """
     mesh, exchange = segments.mesh, segments.exchange
     if exchange is None:
         return ring_attend(q, k, v, segments.blocks, mesh.ring)
-    wide = tokens_to_heads(q, k, v, exchange, mesh.ulysses)
-    out = ring_attend(*wide, segments.blocks, mesh.ring)
-    return heads_to_tokens(out, len(q), exchange, mesh.ulysses)
+    axis = mesh.ulysses
+    groups = head_groups(q.shape[1] // axis.size, mesh.num_head_groups)
+    coming = deque(tokens_to_heads(q, k, v, exchange, axis, heads) for heads in groups)
+    going = []
+    while coming:
+        wide = coming.popleft().wait()
+        going.append(heads_to_tokens(ring_attend(*wide, segments.blocks, mesh.ring), exchange, axis))
+    out: Tensor = q.new_empty(q.shape).unflatten(1, (axis.size, -1))  # (Nq/p, p, H/p, Dh)
+    for heads, part in zip(groups, going, strict=True):
+        part.wait_into(out[:, :, heads])
+    return out.flatten(1, 2)
+
+
+def head_groups(num_heads: int, num_groups: int) -> list[slice]:
+    """The heads of a rank in groups as even as can be, of one head at least."""
+    count = min(num_groups, num_heads)
+    bounds = [num_heads * index // count for index in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]

@@ -6,9 +6,11 @@ stay inside a node and only the ring crosses to another one.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+import torch
+
+from helios_serve.config import FREE_DEGREES, GivenDegrees
 from helios_serve.parallel.collectives import ALONE, Axis, RankGroup, make_axis
 
 CFG_DEGREES = (1, 2)
@@ -37,16 +39,22 @@ class Degrees:
     def num_ranks(self) -> int:
         return self.cfg * self.ring * self.ulysses
 
+    @property
+    def rows_sent(self) -> float:
+        """What a rank sends in one layer for each token that it holds, as rows of the transformer's width: queries,
+        keys, values and results over Ulysses, keys and values around the ring."""
+        return 4 * (self.ulysses - 1) / self.ulysses + 2 * (self.ring - 1)
+
+    def __str__(self) -> str:
+        return f"cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
+
     def check(self, num_ranks: int, num_heads: int) -> None:
         """Whether that many ranks can serve a model of that many heads so.
 
         Raises: ValueError saying which degrees would do.
         """
         if self.num_ranks != num_ranks:
-            raise ValueError(
-                f"cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses} = {self.num_ranks}: "
-                f"must be the number of ranks, {num_ranks}"
-            )
+            raise ValueError(f"{self} = {self.num_ranks}: must be the number of ranks, {num_ranks}")
         if num_heads % self.ulysses:
             allowed = ", ".join(str(p) for p in range(1, num_ranks + 1) if num_heads % p == 0 and num_ranks % p == 0)
             raise ValueError(
@@ -55,46 +63,95 @@ class Degrees:
             )
 
 
-def choose_degrees(num_ranks: int, num_heads: int, ranks_per_node: int, *, is_guided: bool) -> Degrees:
+def choose_degrees(
+    num_ranks: int,
+    num_heads: int,
+    ranks_per_node: int,
+    *,
+    is_guided: bool,
+    given: GivenDegrees = FREE_DEGREES,
+) -> Degrees:
     """The degrees that send the fewest bytes: guidance first, as its halves exchange nothing but results, then Ulysses
     as far as heads and the node allow, and the ring for what is left.
 
     Args:
         ranks_per_node: ranks that a fast link joins.
-        is_guided: whether most requests have two sequences.
+        is_guided: whether most requests have two sequences; else no half of the group is set aside unless it is given.
+        given: wins over what would be chosen.
+
+    Raises: ValueError when nothing fits that, with what fits.
     """
-    cfg = 2 if is_guided and num_ranks % 2 == 0 else 1
-    rest = num_ranks // cfg
-    ulysses = math.gcd(rest, num_heads)
-    if num_ranks > ranks_per_node:
-        ulysses = math.gcd(ulysses, ranks_per_node)
-    return Degrees(cfg=cfg, ring=rest // ulysses, ulysses=ulysses)
+    fitting = possible_degrees(num_ranks, num_heads)
+    wanted = [degrees for degrees in fitting if _is_as_given(degrees, given)]
+    if not wanted:
+        raise ValueError(
+            f"{_told(given)}: do not fit {num_ranks} ranks and {num_heads} heads; what fits: "
+            + "; ".join(str(degrees) for degrees in fitting)
+        )
+
+    def preference(degrees: Degrees) -> tuple[bool, bool, float, int]:
+        is_over_nodes = num_ranks > ranks_per_node and ranks_per_node % degrees.ulysses > 0
+        return (degrees.cfg == 2 and not is_guided, is_over_nodes, degrees.rows_sent, -degrees.ulysses)
+
+    return min(wanted, key=preference)
+
+
+def possible_degrees(num_ranks: int, num_heads: int) -> tuple[Degrees, ...]:
+    """All that so many ranks and heads allow."""
+    return tuple(
+        Degrees(cfg=cfg, ring=num_ranks // (cfg * ulysses), ulysses=ulysses)
+        for cfg in CFG_DEGREES
+        for ulysses in range(num_ranks, 0, -1)
+        if num_ranks % (cfg * ulysses) == 0 and num_heads % ulysses == 0
+    )
+
+
+def _is_as_given(degrees: Degrees, given: GivenDegrees) -> bool:
+    pairs = ((given.cfg, degrees.cfg), (given.ring, degrees.ring), (given.ulysses, degrees.ulysses))
+    return all(wanted is None or wanted == degree for wanted, degree in pairs)
+
+
+def _told(given: GivenDegrees) -> str:
+    pairs = (("cfg", given.cfg), ("ring", given.ring), ("ulysses", given.ulysses))
+    return ", ".join(f"{name} {degree}" for name, degree in pairs if degree is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """This process's place on each axis. tokens: ring and ulysses taken together, over which tokens are sharded."""
+    """This process's place on each axis. tokens: ring and ulysses taken together, over which tokens are sharded.
+    num_head_groups: in how many parts Ulysses exchanges the heads of a rank, so that they travel under attention."""
 
     cfg: Axis = ALONE
     ring: Axis = ALONE
     ulysses: Axis = ALONE
     tokens: Axis = ALONE
+    num_head_groups: int = 1
 
     @property
     def num_ranks(self) -> int:
         return self.cfg.size * self.tokens.size
+
+    def meet(self, device: torch.device) -> None:
+        """Hears once from every rank on each axis, so that the first forward does not wait for links to be made.
+
+        Raises: RuntimeError when a rank cannot be reached.
+        """
+        for axis in (self.cfg, self.ring, self.ulysses, self.tokens):
+            met = axis.all_gather(torch.tensor([axis.rank], device=device)).tolist()
+            assert met == list(range(axis.size)), f"ranks {met}: not in the order of their axis"
 
 
 SOLO = Mesh()
 """The mesh of one rank, whose collectives are the identity."""
 
 
-def build_mesh(ranks: RankGroup, degrees: Degrees, backend: str = "gloo") -> Mesh:
+def build_mesh(ranks: RankGroup, degrees: Degrees, backend: str = "gloo", num_head_groups: int = 1) -> Mesh:
     """The mesh of a group; all of its ranks call this at the same time.
 
     Args:
         degrees: checked against the group's size.
         backend: gloo for CPU, nccl for GPUs, of which this process's must be the current device.
+        num_head_groups: see `Mesh`.
     """
     assert degrees.num_ranks == ranks.size
     if ranks.size == 1:
@@ -109,4 +166,5 @@ def build_mesh(ranks: RankGroup, degrees: Degrees, backend: str = "gloo") -> Mes
         "ulysses": [range(start, start + ulysses) for start in range(0, size, ulysses)],
         "tokens": [range(half, half + both) for half in range(0, size, both)],
     }
-    return Mesh(**{name: make_axis(line, ranks.rank, backend, ranks.timeout_s) for name, line in lines.items()})
+    axes = {name: make_axis(line, ranks.rank, backend, ranks.timeout_s) for name, line in lines.items()}
+    return Mesh(**axes, num_head_groups=num_head_groups)

@@ -127,7 +127,7 @@ def _gather_places(shards: Shards, device: torch.device) -> Tensor:
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copies a small host tensor to the device without waiting for it."""
+    """Copies a host tensor to the device without waiting for it."""
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)

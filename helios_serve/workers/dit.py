@@ -2,7 +2,7 @@
 
 Knows the runner, its rank and what was asked of its tasks; knows nothing of references, transports or scheduling. At
 every step boundary rank 0 decides a StepPlan and broadcasts it, and all ranks obey it, so that they stop at one step.
-Until context parallelism every rank computes the whole forward; only rank 0 answers.
+The runner shares each forward among them; only rank 0 answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from helios_serve.model_executor.batch import ChunkInput, ParkedChunk
 from helios_serve.model_executor.conditioning import Conditioning, fresh_generator_state
 from helios_serve.model_executor.golden import golden_digest
 from helios_serve.model_executor.runner import Runner, StepResult
-from helios_serve.parallel.collectives import RankGroup
+from helios_serve.parallel.collectives import GroupBrokenError, RankGroup
 from helios_serve.types import Aborted, ChunkTask, PackLimit, Phase, Signal, StepDone, TaskFailed
 from helios_serve.workers.failure import task_failed
 from helios_serve.workers.step_timer import StepTimer
@@ -171,7 +171,8 @@ class DitWorker:
     def run(self) -> None:
         """Plan, obey, step, until rank 0 closes.
 
-        Raises: RuntimeError when another rank is gone or silent; TimeoutError when a task does not reach this rank.
+        Raises: RuntimeError when another rank is gone or silent, or this one cannot go on with it; TimeoutError when a
+            task does not reach this rank.
         """
         while True:
             plan = self._ranks.broadcast(self._plan() if self._ranks.rank == 0 else StepPlan())
@@ -250,6 +251,8 @@ class DitWorker:
     def _join(self, task: ChunkTask, inputs: ChunkInputs) -> None:
         try:
             self._runner.join(_chunk_input(task, inputs), inputs.parked)
+        except GroupBrokenError:
+            raise
         except Exception as error:
             self._leave(task.task_id, task_failed(task.task_id, error))
 

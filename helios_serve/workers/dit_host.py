@@ -10,6 +10,7 @@ from helios_serve.model_executor.byte_cache import ByteCache
 from helios_serve.model_executor.conditioning import Conditioning
 from helios_serve.model_executor.model import Checkpoint, load_transformer
 from helios_serve.model_executor.runner import Runner
+from helios_serve.model_executor.spread import join_mesh
 from helios_serve.parallel.collectives import connect
 from helios_serve.types import (
     Aborted,
@@ -47,8 +48,9 @@ class DitHost:
         self._outbox = outbox
         self._rank = spec.rank
         ranks = connect(spec.rank, spec.num_ranks, address)
+        mesh = join_mesh(ranks, checkpoint.config, checkpoint.device, spec.degrees)
         wait_for_memory(checkpoint, "transformer")
-        runner = Runner(load_transformer(checkpoint), checkpoint.rules, faults=spec.faults)
+        runner = Runner(load_transformer(checkpoint), checkpoint.rules, faults=spec.faults, mesh=mesh)
         self._worker = DitWorker(spec.group, runner, self._hear, ranks=ranks)
         self._golden = self._worker.golden()
         self._thread = threading.Thread(target=self._run_steps, name="helios-dit", daemon=True)

@@ -16,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from helios_serve.config import ExecutorConfig, ModelConfig
+from helios_serve.config import ExecutorConfig, GivenDegrees, ModelConfig
 from helios_serve.faults import FaultPlan
 from helios_serve.types import ExecutorEvent, GoldenCheck, Role
 from helios_serve.workers.ray_actors import HOST, REAPER
@@ -35,6 +35,7 @@ class Seat:
     group: str
     role: Role
     num_ranks: int
+    degrees: GivenDegrees
     cpus: float
     gpus: float
 
@@ -52,7 +53,7 @@ def seats(config: ExecutorConfig) -> list[Seat]:
         ("vae", config.num_vaes, 1, config.cpus_per_vae, config.gpus_per_vae),
     ]
     return [
-        Seat(group=f"{role}-{index}", role=role, num_ranks=num_ranks, cpus=cpus, gpus=gpus)
+        Seat(group=f"{role}-{index}", role=role, num_ranks=num_ranks, degrees=config.degrees, cpus=cpus, gpus=gpus)
         for role, count, num_ranks, cpus, gpus in plan
         for index in range(count)
     ]
@@ -87,6 +88,7 @@ class Life:
                 role=seat.role,
                 rank=rank,
                 num_ranks=seat.num_ranks,
+                degrees=seat.degrees,
                 num_threads=max(1, int(seat.cpus)),
                 cache_bytes=cache_bytes,
                 faults=faults,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from helios_serve.config import ModelConfig
+from helios_serve.config import GivenDegrees, ModelConfig
 from helios_serve.faults import FaultPlan
 from helios_serve.types import ExecutorEvent, Role
 from helios_serve.workers.processes import Process
@@ -27,6 +27,7 @@ class HostSpec:
     role: Role
     rank: int
     num_ranks: int
+    degrees: GivenDegrees
     num_threads: int
     cache_bytes: int
     faults: FaultPlan

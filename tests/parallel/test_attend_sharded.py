@@ -38,6 +38,8 @@ DEGREES = {
     4: (Degrees(ulysses=4), Degrees(ring=4), Degrees(ring=2, ulysses=2)),
     8: (Degrees(ulysses=8), Degrees(ring=8), Degrees(ring=2, ulysses=4), Degrees(ring=4, ulysses=2)),
 }
+HEAD_GROUPS = (1, 3)
+"""All heads of a rank at once, or in uneven parts."""
 
 
 def rows_of(lengths: Lengths, *shape: int, seed: int = 0) -> list[list[Tensor]]:
@@ -95,8 +97,8 @@ def attend_current_on(mesh: Mesh, lengths: Lengths) -> Tensor:
 
 def _each(ranks: RankGroup, end: Connection) -> None:
     torch.use_deterministic_algorithms(True)  # what is not written is NaN: pads, too
-    for degrees, lengths in itertools.product(DEGREES[ranks.size], PACKS):
-        mesh = build_mesh(ranks, degrees)
+    for degrees, num_head_groups, lengths in itertools.product(DEGREES[ranks.size], HEAD_GROUPS, PACKS):
+        mesh = build_mesh(ranks, degrees, num_head_groups=num_head_groups)
         end.send((degrees, lengths, attend_on(mesh, lengths).numpy(), attend_current_on(mesh, lengths).numpy()))
 
 
@@ -104,7 +106,7 @@ def _each(ranks: RankGroup, end: Connection) -> None:
 def test_many_ranks_attend_as_one(size: int, tmp_path: Path) -> None:
     """All tokens among each other, and the current ones alone, which see everything."""
     for answer in run_ranks(size, tmp_path, _each):
-        assert len(answer) == len(DEGREES[size]) * len(PACKS)
+        assert len(answer) == len(DEGREES[size]) * len(HEAD_GROUPS) * len(PACKS)
         for degrees, lengths, of_all, of_current in answer:
             right = attend_alone(lengths)
             is_current = whole([[torch.zeros(past), torch.ones(now)] for past, now in lengths]).bool()
@@ -155,9 +157,12 @@ def _norm_after(mesh: Mesh) -> Tensor:
     shards = shard(UNEVEN, mesh.tokens.size)
     segments = spread(mesh, shards, shards)
     rows = take(qkv_of(UNEVEN), shards, mesh.tokens.rank)
-    q, k, v = tokens_to_heads(*rows.unbind(1), segments.exchange, mesh.ulysses)
-    out, _ = kernels.attend(_normed(q), _normed(k), v, segments.blocks[0])
-    return gather(heads_to_tokens(out, len(rows), segments.exchange, mesh.ulysses), shards, mesh.tokens)
+    assert segments.exchange is not None
+    q, k, v = tokens_to_heads(*rows.unbind(1), segments.exchange, mesh.ulysses).wait()
+    wide, _ = kernels.attend(_normed(q), _normed(k), v, segments.blocks[0])
+    out = rows.new_empty(len(rows), mesh.ulysses.size, HEADS // mesh.ulysses.size, HEAD_DIM)
+    heads_to_tokens(wide, segments.exchange, mesh.ulysses).wait_into(out)
+    return gather(out.flatten(1, 2), shards, mesh.tokens)
 
 
 def _wrong_ways(ranks: RankGroup, end: Connection) -> None:

@@ -3,19 +3,19 @@ published table of the performance specification."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from helios_serve import kernels
 from helios_serve.kernels import Segments, attention_scale
-from helios_serve.parallel.collectives import Axis, Transfer
+from helios_serve.parallel.collectives import Transfer
 from helios_serve.parallel.context_parallel import attend_sharded, spread_segments
-from helios_serve.parallel.mesh import Mesh
+from helios_serve.parallel.mesh import Degrees, Mesh, possible_degrees
 from helios_serve.parallel.shards import Lengths, gather, shard
+from tests.parallel.counted import CountedAxis, counted_mesh, sent_by
 
 HEADS, HEAD_DIM = 40, 128
 DIM = HEADS * HEAD_DIM
@@ -23,40 +23,6 @@ NUM_HISTORY = 2400
 NOISY = (540, 2160, 8640)
 """Current tokens of 9 latent frames at 640x384, by stage."""
 META = torch.device("meta")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CountedAxis(Axis):
-    """Sends nothing, and notes the bytes that would have left this rank in each call."""
-
-    sent: list[int] = field(default_factory=list, compare=False)
-
-    def all_to_all(self, blocks: Tensor) -> Tensor:
-        if self.size > 1:
-            self.sent.append(blocks.nbytes // self.size * (self.size - 1))
-        return torch.empty_like(blocks)
-
-    def all_gather(self, block: Tensor) -> Tensor:
-        self.sent.append(block.nbytes * (self.size - 1))
-        return block.new_empty((self.size * len(block), *block.shape[1:]))
-
-    def rotate(self, sent: Tensor, received: Tensor) -> Transfer:
-        assert sent.shape == received.shape
-        self.sent.append(sent.nbytes)
-        return Transfer()
-
-
-def counted_mesh(ring: int, ulysses: int) -> Mesh:
-    return Mesh(
-        ring=CountedAxis(ranks=tuple(range(ring))),
-        ulysses=CountedAxis(ranks=tuple(range(ulysses))),
-        tokens=CountedAxis(ranks=tuple(range(ring * ulysses))),
-    )
-
-
-def sent_by(axis: Axis) -> list[int]:
-    assert isinstance(axis, CountedAxis)
-    return axis.sent
 
 
 def one_layer(mesh: Mesh, lengths: Lengths) -> None:
@@ -72,7 +38,7 @@ def one_layer(mesh: Mesh, lengths: Lengths) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("degree", [2, 4, 8])
 def test_ulysses_is_two_exchanges(degree: int, stage: int) -> None:
-    mesh = counted_mesh(1, degree)
+    mesh = counted_mesh(Degrees(ulysses=degree))
     one_layer(mesh, ((NUM_HISTORY, NOISY[stage]),))
     rows = -(-(NUM_HISTORY + NOISY[stage]) // degree)
     each = 2 * rows * DIM * (degree - 1) // degree  # one bf16 tensor
@@ -83,7 +49,7 @@ def test_ulysses_is_two_exchanges(degree: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("degree", [2, 4, 8])
 def test_a_ring_turns_once_less_than_it_has_ranks(degree: int, stage: int) -> None:
-    mesh = counted_mesh(degree, 1)
+    mesh = counted_mesh(Degrees(ring=degree))
     one_layer(mesh, ((NUM_HISTORY, NOISY[stage]),))
     rows = -(-(NUM_HISTORY + NOISY[stage]) // degree)
     assert sent_by(mesh.ring) == [2 * 2 * rows * DIM] * (degree - 1)
@@ -103,7 +69,7 @@ def test_a_ring_turns_once_less_than_it_has_ranks(degree: int, stage: int) -> No
 def test_bytes_are_those_of_the_table(degree: int, stage: int, rows: int, ulysses_mb: float, ring_mb: float) -> None:
     lengths = ((NUM_HISTORY, NOISY[stage]),)
     assert shard(lengths, degree).max_rows == rows
-    by_ulysses, by_ring = counted_mesh(1, degree), counted_mesh(degree, 1)
+    by_ulysses, by_ring = counted_mesh(Degrees(ulysses=degree)), counted_mesh(Degrees(ring=degree))
     one_layer(by_ulysses, lengths)
     one_layer(by_ring, lengths)
     assert sum(sent_by(by_ulysses.ulysses)) / 1e6 == pytest.approx(ulysses_mb, abs=0.06)
@@ -125,21 +91,52 @@ def test_the_next_block_travels_while_this_one_is_attended_to(monkeypatch: pytes
     monkeypatch.setattr(kernels, "attend", noted_attend)
     monkeypatch.setattr(CountedAxis, "rotate", noted_rotate)
     monkeypatch.setattr(Transfer, "wait", lambda _: happened.append("wait"))
-    one_layer(counted_mesh(3, 1), ((NUM_HISTORY, NOISY[0]),))
+    one_layer(counted_mesh(Degrees(ring=3)), ((NUM_HISTORY, NOISY[0]),))
     assert happened == [*["send", "attend", "wait"] * 2, "attend"]
 
 
+def test_heads_travel_while_others_are_attended_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    attend, begin = kernels.attend, CountedAxis.begin_all_to_all
+
+    def noted_attend(*args: Any) -> Any:
+        happened.append(f"attend to {args[0].shape[1]}")
+        return attend(*args)
+
+    def noted_begin(*args: Any) -> Transfer:
+        happened.append("send")
+        return begin(*args)
+
+    monkeypatch.setattr(kernels, "attend", noted_attend)
+    monkeypatch.setattr(CountedAxis, "begin_all_to_all", noted_begin)
+    monkeypatch.setattr(Transfer, "wait", lambda _: happened.append("wait"))
+    mesh = replace(counted_mesh(Degrees(ulysses=8)), num_head_groups=2)
+    one_layer(mesh, ((NUM_HISTORY, NOISY[0]),))
+    first, second = (["wait", f"attend to {count}", "send"] for count in (2, 3))
+    assert happened == ["send", "send", *first, *second, "wait", "wait"]
+    assert sum(sent_by(mesh.ulysses)) == 4 * 2 * 368 * DIM * 7 // 8  # as many bytes as at once
+
+
 def test_across_two_nodes_only_keys_and_values_of_own_heads_travel() -> None:
-    mesh = counted_mesh(2, 8)
+    mesh = counted_mesh(Degrees(ring=2, ulysses=8))
     one_layer(mesh, ((NUM_HISTORY, NOISY[2]),))
     rows = (NUM_HISTORY + NOISY[2]) // 16
     assert sum(sent_by(mesh.ulysses)) == 4 * 2 * rows * DIM * 7 // 8
     assert sent_by(mesh.ring) == [2 * 2 * 8 * rows * DIM // 8]
 
 
+@pytest.mark.parametrize("degrees", [d for p in (1, 2, 4, 8, 16, 24) for d in possible_degrees(p, HEADS)], ids=str)
+def test_degrees_are_chosen_by_what_is_sent(degrees: Degrees) -> None:
+    num_rows = 120
+    mesh = counted_mesh(degrees)
+    one_layer(mesh, ((num_rows * degrees.ring * degrees.ulysses, 0),))
+    sent = sum(sent_by(mesh.ulysses)) + sum(sent_by(mesh.ring))
+    assert sent == degrees.rows_sent * num_rows * 2 * DIM
+
+
 def test_a_pack_sends_no_more_than_its_sequences() -> None:
     pack: Lengths = tuple((NUM_HISTORY, NOISY[0]) for _ in range(4))
-    mesh = counted_mesh(1, 8)
+    mesh = counted_mesh(Degrees(ulysses=8))
     one_layer(mesh, pack)
     assert sum(sent_by(mesh.ulysses)) == 4 * 2 * (4 * (NUM_HISTORY + NOISY[0]) // 8) * DIM * 7 // 8
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from helios_serve.config import GivenDegrees
 from helios_serve.parallel.collectives import RankGroup
-from helios_serve.parallel.mesh import SOLO, Degrees, build_mesh, choose_degrees
+from helios_serve.parallel.mesh import SOLO, Degrees, build_mesh, choose_degrees, possible_degrees
 from tests.parallel.ranks import run_ranks
 
 HEADS = 40
@@ -65,6 +66,46 @@ def test_chosen_on_nodes_of_eight(num_ranks: int, is_guided: bool, expected: Deg
     chosen = choose_degrees(num_ranks, HEADS, 8, is_guided=is_guided)
     assert chosen == expected
     chosen.check(num_ranks, HEADS)
+
+
+@pytest.mark.parametrize("is_guided", [False, True])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (GivenDegrees(ring=2, ulysses=4), Degrees(ring=2, ulysses=4)),
+        (GivenDegrees(cfg=1, ulysses=4), Degrees(ring=2, ulysses=4)),
+        (GivenDegrees(cfg=2), Degrees(cfg=2, ulysses=4)),
+        (GivenDegrees(cfg=2, ulysses=2), Degrees(cfg=2, ring=2, ulysses=2)),
+        (GivenDegrees(ring=8), Degrees(ring=8)),
+        (GivenDegrees(ulysses=8), Degrees(ulysses=8)),
+    ],
+)
+def test_what_is_given_is_kept(given: GivenDegrees, expected: Degrees, is_guided: bool) -> None:
+    assert choose_degrees(8, HEADS, 8, is_guided=is_guided, given=given) == expected
+
+
+def test_what_is_not_given_depends_on_guidance() -> None:
+    given = GivenDegrees(ring=2)
+    assert choose_degrees(8, HEADS, 8, is_guided=False, given=given) == Degrees(ring=2, ulysses=4)
+    assert choose_degrees(8, HEADS, 8, is_guided=True, given=given) == Degrees(cfg=2, ring=2, ulysses=2)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "given", "said"),
+    [
+        (6, GivenDegrees(ulysses=6), "ulysses 6: do not fit 6 ranks and 40 heads"),
+        (4, GivenDegrees(ring=4, ulysses=2), "ring 4, ulysses 2: do not fit 4 ranks and 40 heads"),
+        (3, GivenDegrees(cfg=2), "cfg 2: do not fit 3 ranks and 40 heads"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_answered_with_those_that_do(
+    num_ranks: int, given: GivenDegrees, said: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{said}; what fits: ") as refusal:
+        choose_degrees(num_ranks, HEADS, 8, is_guided=True, given=given)
+    named = str(refusal.value).partition("what fits: ")[2].split("; ")
+    assert named == [str(degrees) for degrees in possible_degrees(num_ranks, HEADS)]
+    assert f"cfg 1 x ring {num_ranks} x ulysses 1" in named
 
 
 def test_one_rank_has_no_group() -> None:

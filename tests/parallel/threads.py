@@ -41,8 +41,11 @@ class ThreadAxis(Axis):
 
     board: Board
 
-    def all_to_all(self, blocks: Tensor) -> Tensor:
-        return self.board.exchange(self.rank, blocks, lambda sent: torch.stack([each[self.rank] for each in sent]))
+    def begin_all_to_all(self, sent: Tensor, received: Tensor) -> Transfer:
+        self.board.exchange(
+            self.rank, sent, lambda blocks: torch.stack([each[self.rank] for each in blocks], out=received)
+        )
+        return Transfer()
 
     def all_gather(self, block: Tensor) -> Tensor:
         return self.board.exchange(self.rank, block, torch.cat)

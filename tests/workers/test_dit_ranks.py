@@ -1,4 +1,4 @@
-"""Two real ranks in processes of their own, told to park and abort at seeded moments: they must stop at one step.
+"""Two real ranks that share each forward, told to park and abort at seeded moments: they must stop at one step.
 
 The test is the executor: it gives both ranks every task, rank 0 the signals, and hears rank 0's answers.
 """
@@ -26,13 +26,14 @@ from helios_serve.model_executor.batch import ParkedChunk
 from helios_serve.model_executor.digest import latents_digest
 from helios_serve.model_executor.model import HeliosModel, load_model, load_transformer, open_checkpoint
 from helios_serve.model_executor.runner import Runner, StepResult
+from helios_serve.model_executor.spread import join_mesh
 from helios_serve.parallel.collectives import connect
 from helios_serve.types import Aborted, ChunkTask, StepDone
 from helios_serve.workers.dit import Answer, ChunkInputs, ChunkResult, DitWorker, ParkedResult
 from tests.workers.chunks import assert_close, encode, latents_of, request
 
 NUM_SIGNALS = 50
-WAIT_S = 60
+WAIT_S = 240
 TIMEOUT_S = 8.0
 
 
@@ -62,10 +63,12 @@ def _rank(rank: int, meeting: str, checkpoint_path: str, ready: Barrier, end: Co
     """A rank: its commands come through `end`, its answers and, at the end, its log go back."""
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(ModelConfig(model=checkpoint_path))
-    runner = LoggedRunner(load_transformer(checkpoint), checkpoint.rules, faults=faults)
-    runner.log = []
+    transformer = load_transformer(checkpoint)
     ready.wait(WAIT_S)
     ranks = connect(rank, 2, meeting, TIMEOUT_S)
+    mesh = join_mesh(ranks, checkpoint.config, checkpoint.device)
+    runner = LoggedRunner(transformer, checkpoint.rules, faults=faults, mesh=mesh)
+    runner.log = []
     worker = DitWorker("dit-0", runner, lambda answer: end.send_bytes(pickle.dumps(answer)), ranks=ranks)
     listener = threading.Thread(target=_listen, args=(end, worker))
     listener.start()
@@ -151,9 +154,12 @@ def model(tiny_distilled: Path) -> HeliosModel:
 
 def test_park_and_abort_race_step_boundaries(model: HeliosModel, tiny_distilled: Path, tmp_path: Path) -> None:
     video = encode(model, request("fox", steps=(3, 3, 3)))
-    (expected,) = latents_of(model, video.request)
+    (alone,) = latents_of(model, video.request)
     ends = {ParkedResult: 0, Aborted: 0, ChunkResult: 0}
     with group_of_two(tiny_distilled, tmp_path) as group:
+        group.submit(task := video.task(), video.inputs())
+        expected = _latents(group.end_of(task))
+        assert_close(expected, alone)
         for seed in range(NUM_SIGNALS):
             rng = random.Random(seed)
             op, parked = rng.choice(("park", "abort")), None

@@ -43,6 +43,8 @@ def _attend_by_backend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     num_q, num_k = cu_q[-1], cu_k[-1]
+    if num_q == 0:  # libraries do not check: the one for CPUs divides by it
+        return empty_results(q)
     bias = None if key_bias is None else key_bias[:num_k]
     segments = Segments(cu_q=tuple(cu_q), cu_k=tuple(cu_k), scale=scale, key_bias=bias, backend=backend)
     chosen = BACKENDS[backend_for(q, segments)]

@@ -1,0 +1,136 @@
+"""The engine over a real Ray cluster of two DiT groups of two ranks each, which share every forward: eight mixed
+requests make the videos that one process makes but for rounding, and after the death of a rank the same to the bit."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from helios_serve.config import ModelConfig
+from helios_serve.engine.async_engine import AsyncEngine
+from helios_serve.faults import Fault, FaultPlan
+from helios_serve.model_executor.model import load_model
+from helios_serve.offline import Helios
+from helios_serve.server import cost_model
+from helios_serve.telemetry import Metrics
+from helios_serve.types import Event, ExecutorEvent, GroupLost, GroupUp, Progress, StepDone, TaskDone
+from helios_serve.workers.processes import descendants
+
+pytest.importorskip("ray", reason="the package ray is missing")
+
+from helios_serve.workers.ray_executor import RayExecutor
+from tests.faults.test_ray_engine import CLUSTER, MIXED, PATIENT, Cluster, patience
+
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(600)]
+
+SHARED = replace(CLUSTER, num_dit_ranks=2, num_vaes=1, cpus_per_rank=0.25)
+SLOW = FaultPlan(Fault(point="dit.step", action="sleep", times=10**9, seconds=0.15))
+"""Steps that can be hit in their middle."""
+GROUPS = ("dit-0", "dit-1", "vae-0", "encoder-0")
+MAX_PIXEL_DIFFERENCE = 2
+"""Of 255, after compression, where latents may differ by rounding."""
+
+Videos = dict[str, list[bytes]]
+
+
+@asynccontextmanager
+async def started(model: ModelConfig) -> AsyncIterator[Cluster]:
+    """The engine and its cluster, all groups up; nothing is left of it afterwards."""
+    executor = RayExecutor(model, SHARED, SLOW)
+    metrics = Metrics("tiny")
+    config = load_model(model).config
+    engine = AsyncEngine(executor, cost_model(config, "cpu", is_shared=False), PATIENT, metrics)
+    cluster = Cluster(engine, executor, metrics)
+    start = executor.start
+
+    def recording(emit: Callable[[ExecutorEvent], None]) -> None:
+        def both(event: ExecutorEvent) -> None:
+            cluster.events.append((time.monotonic(), event))
+            emit(event)
+
+        start(both)
+
+    executor.start = recording  # type: ignore[method-assign]
+    await engine.start()
+    try:
+        async with asyncio.timeout(500):
+            await engine.wait_ready()
+            for group in GROUPS:
+                await cluster.back(group, 0.0)
+            yield cluster
+    finally:
+        await engine.close()
+
+
+async def strike(cluster: Cluster, group: str, rank: int, expected: Videos) -> str:
+    """Kills one rank while its group runs a step; what it cost."""
+    before, struck = cluster.num_recomputed, 0.0
+
+    def on_event(event: Event) -> None:
+        nonlocal struck
+        if not struck and isinstance(event, Progress) and is_within_chunk(cluster, group):
+            struck = time.monotonic()
+            os.kill(cluster.executor.processes(group)[rank].pid, signal.SIGKILL)
+
+    assert await cluster.run(f"{group}-", on_event) == expected
+    lost_s = cluster.at(GroupLost, group, struck) - struck
+    back_s = await cluster.back(group, struck) - struck
+    redone = cluster.num_recomputed - before
+    assert redone == 1
+    assert lost_s <= 0.5 * patience()
+    assert len(cluster.executor.processes(group)) == SHARED.num_dit_ranks
+    return f"SIGKILL rank {rank} of {group}: seen {lost_s:.2f} s, {redone:.0f} chunk redone, back {back_s:.1f} s"
+
+
+def is_within_chunk(cluster: Cluster, group: str) -> bool:
+    """Whether a group has done steps of a chunk and is not done with it, as far as is known."""
+    events = [event for _, event in cluster.events]
+    stepped = {
+        task for event in events if isinstance(event, StepDone) and event.group == group for task in event.task_ids
+    }
+    return bool(stepped - {event.task_id for event in events if isinstance(event, TaskDone)})
+
+
+def test_a_rank_that_dies_costs_one_chunk(tiny_distilled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report: list[str] = []
+    before = descendants(os.getpid())
+
+    async def run() -> Videos:
+        async with started(ModelConfig(model=str(tiny_distilled))) as cluster:
+            goldens = {event.golden for _, event in cluster.events if isinstance(event, GroupUp)} - {None}
+            assert len(goldens) == 1
+            calm = await cluster.run("calm-")
+            assert cluster.num_recomputed == 0
+            report.append(await strike(cluster, "dit-0", 1, calm))
+            report.append(await strike(cluster, "dit-1", 0, calm))
+        return calm
+
+    calm = asyncio.run(run())
+    assert descendants(os.getpid()) == before
+    helios = Helios(str(tiny_distilled), device="cpu", dtype="float32")
+    for request in MIXED:
+        segments = [helios.encode_segment(chunk, request.params) for chunk in helios.run(request)]
+        theirs = pixels(segments[0].init, [segment.media for segment in segments])
+        ours = pixels(segments[0].init, calm[request.request_id])
+        assert ours.shape == theirs.shape
+        assert np.abs(ours - theirs).max() <= MAX_PIXEL_DIFFERENCE
+    with capsys.disabled():
+        print("", *report, sep="\n  ")
+
+
+def pixels(init: bytes, segments: list[bytes]) -> npt.NDArray[np.int16]:
+    """Decoded frames, [T, H, W, 3] int16."""
+    with av.open(io.BytesIO(b"".join((init, *segments)))) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(np.int16)
