@@ -7,11 +7,15 @@ import os
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+from helios_serve.types import Approximation
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "bfloat16"]
 Offload = Literal["none", "text_encoder", "all"]
+STEP_CACHE_THRESHOLD = 0.05
+"""Not fitted to Helios. Published ones, 0.1 to 0.3, belong to polynomials that are fitted to other models."""
 Attention = Literal["auto", "fa3", "cudnn", "flash", "efficient", "triton", "flashinfer", "xformers", "cpu", "math"]
 
 
@@ -25,9 +29,12 @@ class ModelConfig:
     transformer's weights when they are loaded, and its activations as they come; an approximation, experimental until
     its quality is shown on trained weights. vae_precision: in which the VAE decodes, fp32 as the official pipelines
     do; None is bf16 on cuda, fp32 on cpu. The VAE always encodes in fp32. attention: the library that computes the
-    transformer's self-attention; auto takes the fastest that is installed and runs on the device. weights: random
-    draws them where they are to stay and reads the checkpoint's configuration and tokenizer alone, to measure a
-    machine.
+    transformer's self-attention; auto takes the fastest that is installed and runs on the device. approximations: of
+    every video, which it changes; experimental until their quality is shown on trained weights. history_reuse keeps
+    the keys and values of a chunk's history from its first step for the later ones; step_cache, for Base and Mid,
+    leaves forwards out whose input has hardly changed. step_cache_threshold: the relative change since the last
+    forward, summed over steps, from which on step_cache runs another one. weights: random draws them where they are
+    to stay and reads the checkpoint's configuration and tokenizer alone, to measure a machine.
     """
 
     model: str
@@ -37,7 +44,18 @@ class ModelConfig:
     quantize: Literal["none", "fp8"] = "none"
     vae_precision: Literal["fp32", "bf16"] | None = None
     attention: Attention = "auto"
+    approximations: tuple[Approximation, ...] = ()
+    step_cache_threshold: float = STEP_CACHE_THRESHOLD
     weights: Literal["checkpoint", "random"] = "checkpoint"
+
+    def __post_init__(self) -> None:
+        for name in self.approximations:
+            if name not in get_args(Approximation):
+                raise ValueError(f"approximations {name}: there are {' and '.join(get_args(Approximation))}")
+        if len(set(self.approximations)) < len(self.approximations):
+            raise ValueError(f"approximations {', '.join(self.approximations)}: each one once")
+        if not 0 <= self.step_cache_threshold < math.inf:
+            raise ValueError(f"step_cache_threshold {self.step_cache_threshold}: must be at least 0")
 
     @property
     def served_name(self) -> str:

@@ -32,6 +32,7 @@ from helios_serve.engine.executor import Executor
 from helios_serve.engine.step_cost import CPU_PRIOR, CostModel, DevicePrior, ModelShape
 from helios_serve.errors import HeliosError
 from helios_serve.listening import Listeners, bound, shown_address
+from helios_serve.model_executor.approximations import check_approximations
 from helios_serve.model_executor.model import HeliosModel, load_model, open_checkpoint
 from helios_serve.model_executor.model_config import CheckpointConfig
 from helios_serve.model_executor.runner import Runner
@@ -83,7 +84,7 @@ def _put_together(settings: Settings, stores: Stores, signing: SigningKeys, trac
     model, engine, server, ray = settings.model, settings.engine, settings.server, settings.ray
     has_crashed = _watch_crashes(server.data_dir)
     config, executor = _local(model) if ray is None else _on_cluster(model, ray)
-    info = config.info(model.served_name)
+    info = config.info(model.served_name, approximations=model.approximations)
     metrics = Metrics(info.name, alias=server.metrics_alias)
     costs = cost_model(config, model.device, is_shared=ray is None)
     patient = engine.patient() if model.device == "cpu" else engine
@@ -111,6 +112,7 @@ def _about(model: ModelConfig, ray: ExecutorConfig | None, server: ServerConfig)
         "device": model.device,
         "dtype": model.dtype,
         "quantize": model.quantize,
+        "approximations": list(model.approximations),
         "executor": "local" if ray is None else "ray",
         "roles": of_cluster if of_cluster else one_each,
         "protocols": ["openai-videos", "helios.v1", *(["helios.video.v1"] if server.grpc_port is not None else [])],
@@ -129,11 +131,14 @@ def _local(model: ModelConfig) -> tuple[CheckpointConfig, Executor]:
 
 
 def _on_cluster(model: ModelConfig, ray: ExecutorConfig) -> tuple[CheckpointConfig, Executor]:
-    """Raises: ValueError for degrees that do not fit the checkpoint."""
+    """Raises: ValueError for degrees that do not fit the checkpoint, CheckpointError for approximations that do not fit
+    either."""
     config = open_checkpoint(model).config
     degrees = degrees_for(config, ray.num_dit_ranks, ray.degrees)
     if degrees.num_ranks > 1:
         logger.info(explain_degrees(degrees, config, model.dtype))
+    solver = config.scheduler.solver
+    check_approximations(model.approximations, solver, num_ranks=degrees.num_ranks, cfg_degree=degrees.cfg)
     return config, ray_executor(model, ray)
 
 

@@ -25,6 +25,7 @@ MAX_TEXT_TOKENS = 512
 """Prompt tokens that the transformer attends to; shorter prompts are zero-padded, longer ones cut."""
 
 Variant = Literal["base", "mid", "distilled"]
+Approximation = Literal["history_reuse", "step_cache"]
 Guidance = Literal["cfg", "cfg_zero_star"]
 FramePolicy = Literal["trim", "pad", "reference"]
 ImageFit = Literal["crop", "stretch"]
@@ -53,6 +54,8 @@ class ModelInfo:
     recommended_sizes: tuple[tuple[int, int], ...]
     """(width, height) pairs, the default first."""
     max_pixels: int
+    approximations: tuple[Approximation, ...] = ()
+    """What the server, not the checkpoint, says of every video that begins."""
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -95,6 +98,8 @@ class SamplingParams:
     codec: Codec = "h264"
     restarts: tuple[Restart, ...] = ()
     """Of a session, rising in their chunks."""
+    approximations: tuple[Approximation, ...] = ()
+    """Ways to less work that make another video."""
 
     @property
     def num_chunks(self) -> int:

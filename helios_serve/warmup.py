@@ -47,6 +47,7 @@ def _request(info: ModelInfo, width: int, height: int) -> VideoRequest:
         steps=info.default_steps,
         guidance_scale=info.default_guidance_scale,
         amplify_first_chunk=info.variant == "distilled",
+        approximations=info.approximations,
     )
     prompts = (PromptChange(chunk=0, prompt="a red ball rolls over green grass"),)
     return VideoRequest(request_id=f"warmup-{width}x{height}", prompts=prompts, params=params)

@@ -52,6 +52,7 @@ def video_message(job: Job, *, url: str = "", num_bytes: int | None = None) -> p
         num_frames=num_frames,
         seconds=num_frames / params.fps,
         seed=params.seed,
+        approximations=params.approximations,
         num_chunks=job.num_chunks if has_length else 0,
         chunks_done=job.chunks_done,
         queue_position=job.queue_position,
@@ -102,6 +103,7 @@ def model_message(item: schemas.ModelItem) -> pb.Model:
         default_fps=details.default_fps,
         default_steps=details.default_steps,
         codecs=[_CODECS[codec] for codec in details.codecs],
+        approximations=details.approximations,
     )
 
 

@@ -106,6 +106,7 @@ def read_spec(job: Job) -> JobSpec:
     data["prompts"] = tuple(PromptChange(**change) for change in data["prompts"])
     params = dict(data["params"])
     params["steps"] = tuple(params["steps"])
+    params["approximations"] = tuple(params.get("approximations", ()))
     params["restarts"] = tuple(Restart(**restart) for restart in params.get("restarts", ()))
     data["params"] = SamplingParams(**params)
     data["warnings"] = tuple(ParameterWarning(**warning) for warning in data["warnings"])
@@ -121,6 +122,8 @@ def spec_hash(spec: JobSpec, parsed: ParsedRequest) -> str:
     for name in ("num_given", "num_left_out"):  # other videos keep the hash that they had without these fields
         if body[name] == 0:
             del body[name]
+    if not body["params"]["approximations"]:
+        del body["params"]["approximations"]
     if not parsed.has_seed:
         del body["params"]["seed"]
         for restart in body["params"]["restarts"]:  # where a video of the caller's own ends

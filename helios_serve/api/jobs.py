@@ -192,6 +192,7 @@ def video_object(job: Job, links: Links) -> schemas.Video:
             fps=_plain(job.request.params.fps),
             seed=job.request.params.seed,
             steps=list(job.request.params.steps),
+            approximations=list(job.request.params.approximations),
             queue_position=job.queue_position,
             eta_seconds=None if job.eta_s is None else round(job.eta_s, 3),
             urls=schemas.VideoUrls(content=links.content, stream=links.stream, events=links.events, hls=links.hls),
@@ -222,6 +223,7 @@ def generation_object(job: Job, item: schemas.GenerationItem) -> schemas.Generat
             seed=job.request.params.seed,
             fps=_plain(job.request.params.fps),
             steps=list(job.request.params.steps),
+            approximations=list(job.request.params.approximations),
             warnings=_warnings(job),
             timing=_timing(job),
         ),
@@ -247,6 +249,7 @@ def model_object(model: ModelInfo, created: int, limits: Limits) -> schemas.Mode
             default_fps=24,
             default_steps=list(model.default_steps),
             codecs=["h264", "vp9", "av1"],
+            approximations=list(model.approximations),
             measured_fps=None,
         ),
     )

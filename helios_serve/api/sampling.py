@@ -68,6 +68,7 @@ def resolve_sampling(named: NamedBody, model: ModelInfo, shape: Shape, warnings:
         image_fit=helios.image_fit,
         crf=helios.crf,
         codec=body.codec,
+        approximations=model.approximations,
     )
 
 

@@ -282,6 +282,7 @@ class GenerationDetails(BaseModel):
     seed: int
     fps: int | float
     steps: list[int]
+    approximations: list[str]
     warnings: list[WarningItem]
     timing: Timing
 
@@ -327,6 +328,7 @@ class VideoDetails(BaseModel):
     fps: int | float
     seed: int
     steps: list[int]
+    approximations: list[str]
     queue_position: int | None
     eta_seconds: float | None
     urls: VideoUrls
@@ -407,6 +409,7 @@ class ModelDetails(BaseModel):
     default_fps: int
     default_steps: list[int]
     codecs: list[str]
+    approximations: list[str]
     measured_fps: dict[str, float] | None
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from helios_serve.config import STEP_CACHE_THRESHOLD
 from helios_serve.model_executor import guidance
 from helios_serve.model_executor.history import History, HistoryTokens
+from helios_serve.model_executor.history_reuse import HistoryKV
 from helios_serve.model_executor.model_config import SchedulerConfig
 from helios_serve.model_executor.packing import TextKV, TokenSequence
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding
@@ -21,6 +23,7 @@ from helios_serve.model_executor.sampling.base import UniPCMemory, UniPCOrders, 
 from helios_serve.model_executor.sampling.dmd import dmd_step
 from helios_serve.model_executor.sampling.pyramid import block_noise, enlarge, shrink_noise
 from helios_serve.model_executor.sampling.schedule import ChunkSchedule, StageSchedule, chunk_schedule
+from helios_serve.model_executor.step_cache import StepCache
 from helios_serve.model_executor.transformer import HeliosTransformer
 from helios_serve.parallel.shards import upload
 from helios_serve.types import LATENT_FRAMES_PER_CHUNK, Guidance, SamplingParams, StepCursor
@@ -96,6 +99,7 @@ class SamplingRules:
 
     scheduler: SchedulerConfig
     guidance: Guidance
+    step_cache_threshold: float = STEP_CACHE_THRESHOLD
 
 
 class ChunkState:
@@ -134,6 +138,10 @@ class ChunkState:
         self._generator.set_state(torch.frombuffer(bytearray(at.generator_state), dtype=torch.uint8))
         self.cursor, self.x, self._stage_start, self._memory = at.cursor, at.x, at.stage_start, at.memory
         self._peak = torch.zeros((), device=self._device)  # the largest |x| after any step: NaN and infinity stay
+        keeps_history = "history_reuse" in chunk.params.approximations
+        num_layers = transformer.config.num_layers
+        self._history_kvs = tuple(HistoryKV(num_layers) if keeps_history else None for _ in chunk.prompts)
+        self._stage_caches = self._new_step_caches()
 
     def park(self) -> ParkedChunk:
         """What a ChunkState needs to go on from here."""
@@ -147,11 +155,19 @@ class ChunkState:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the next step's sequences, history included; 0 if it needs none."""
+        """Tokens of the next step's sequences, history included unless it is kept; 0 if it needs none."""
         if not self.needs_forward:
             return 0
-        per_sequence = len(self._history.tokens) + math.prod(self._grids[self.cursor.stage])
+        is_kept = any(kept is not None and kept.is_sealed for kept in self._history_kvs)
+        per_sequence = (0 if is_kept else len(self._history.tokens)) + math.prod(self._grids[self.cursor.stage])
         return per_sequence if self._uncond is None else 2 * per_sequence
+
+    @property
+    def num_computed(self) -> int:
+        """Sequences of the next step, once it is predicted, whose flow is computed, not taken from an earlier one."""
+        if not self.needs_forward:
+            return 0
+        return sum(cache is None or not cache.is_reused for cache in self._step_caches)
 
     @property
     def needs_forward(self) -> bool:
@@ -169,18 +185,47 @@ class ChunkState:
         timestep = self._stage().model_timesteps[self.cursor.step]
         texts = [self._cond] if self._uncond is None else [self._cond, self._uncond]
         return [
-            TokenSequence(history=self._history, x=x, rotary=self._rotary[stage], timestep=timestep, text=text)
-            for text in texts
+            TokenSequence(
+                history=self._history,
+                x=x,
+                rotary=self._rotary[stage],
+                timestep=timestep,
+                text=text,
+                history_kv=history_kv,
+                step_cache=step_cache,
+            )
+            for text, history_kv, step_cache in zip(texts, self._history_kvs, self._step_caches, strict=True)
         ]
 
     def advance(self, flows: list[Tensor]) -> None:
         """Moves one step on with the flows of `sequences()`, each [C, T, h, w]; enters the next stage if one ends."""
+        if flows:
+            self._keep()
         self._solve(self._guided(flows))
         self._peak = torch.maximum(self._peak, torch.linalg.vector_norm(self.x, ord=math.inf, dtype=torch.float32))
         following = self.cursor.next(self.input.params)
         if following.chunk == self.cursor.chunk and following.stage != self.cursor.stage:
             self._enter(following.stage)
         self.cursor = following
+
+    def _keep(self) -> None:
+        """What the step at hand leaves for the next ones."""
+        for history_kv in self._history_kvs:
+            if history_kv is not None and not history_kv.is_sealed:
+                history_kv.seal()
+        for step_cache in self._step_caches:
+            if step_cache is not None:
+                step_cache.commit()
+
+    @property
+    def _step_caches(self) -> tuple[StepCache | None, ...]:
+        """Of the sequences of the next step. The last step of a stage has none: its forward is never left out."""
+        is_last = self.cursor.step + 1 == self._stage().num_steps
+        return (None,) * len(self._stage_caches) if is_last else self._stage_caches
+
+    def _new_step_caches(self) -> tuple[StepCache | None, ...]:
+        is_caching, threshold = "step_cache" in self.input.params.approximations, self.rules.step_cache_threshold
+        return tuple(StepCache(threshold) if is_caching else None for _ in self.input.prompts)
 
     @property
     def is_finished(self) -> bool:
@@ -250,3 +295,4 @@ class ChunkState:
         self.x = enlarge(self.x, renoise, upload(noise.to(self._dtype), self._device))
         self._stage_start = self.x
         self._memory = None
+        self._stage_caches = self._new_step_caches()

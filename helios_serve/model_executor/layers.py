@@ -53,8 +53,8 @@ class SelfAttention(nn.Module):
             heads = self.num_heads if config.history_scale_mode == "per_head" else 1
             self.history_key_scale = nn.Parameter(torch.empty(heads))
 
-    def forward(self, normed: Tensor | QuantizedRows, batch: PackedBatch) -> Tensor:
-        """[N, D] -> [N, D]."""
+    def forward(self, normed: Tensor | QuantizedRows, batch: PackedBatch, layer: int) -> Tensor:
+        """[N, D] -> [N, D]; `layer` is this block's place among kept keys and values."""
         qkv = self.to_qkv(normed).view(batch.num_tokens, 3, self.num_heads, -1)
         q, k, v = kernels.qk_norm_rope(
             qkv,
@@ -65,10 +65,11 @@ class SelfAttention(nn.Module):
             self._history_scale(),
             batch.layout.row,
         )
+        k, v = batch.with_kept(k, v, layer)
         out = attend_sharded(q, k, v, batch.self_attention)
         return self.to_out[0](out.flatten(1))
 
-    def of_current(self, normed: Tensor, batch: PackedBatch) -> Tensor:
+    def of_current(self, normed: Tensor, batch: PackedBatch, layer: int) -> Tensor:
         """The same for the current tokens alone, which still see the whole history: [N, D] -> [M, D]."""
         dim, current = normed.shape[-1], batch.layout.current_index
         weight, bias = self.to_qkv.weight, self.to_qkv.bias
@@ -77,7 +78,8 @@ class SelfAttention(nn.Module):
         eps, row = self.norm_q.eps, batch.layout.row
         q = kernels.norm_rope(self._heads(q), self.norm_q.weight, batch.rotary[current], eps)
         k = kernels.norm_rope(self._heads(k), self.norm_k.weight, batch.rotary, eps, self._history_scale(), row)
-        out = attend_sharded(q, k, self._heads(v), batch.current_attention)
+        k, v = batch.with_kept(k, self._heads(v), layer)
+        out = attend_sharded(q, k, v, batch.current_attention)
         return self.to_out[0](out.flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from helios_serve.config import Attention, ModelConfig, Offload
+from helios_serve.config import STEP_CACHE_THRESHOLD, Attention, ModelConfig, Offload
 from helios_serve.errors import CheckpointError
 from helios_serve.kernels.attention import check_backend
+from helios_serve.model_executor.approximations import check_approximations
 from helios_serve.model_executor.batch import SamplingRules
 from helios_serve.model_executor.checkpoint import Load, load_module, read_config, resolve_checkpoint
 from helios_serve.model_executor.model_config import CheckpointConfig
@@ -42,11 +43,12 @@ class Checkpoint:
     is_quantized_at_load: bool
     vae_precision: VaePrecision | None
     attention: Attention
+    step_cache_threshold: float
     load: Load
 
     @property
     def rules(self) -> SamplingRules:
-        return SamplingRules(scheduler=self.config.scheduler, guidance=self.config.guidance)
+        return _rules(self.config, self.step_cache_threshold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +59,17 @@ class HeliosModel:
     transformer: HeliosTransformer
     vae: WanVAE
     text_encoder: TextEncoder
+    step_cache_threshold: float = STEP_CACHE_THRESHOLD
 
     @property
     def rules(self) -> SamplingRules:
-        return SamplingRules(scheduler=self.config.scheduler, guidance=self.config.guidance)
+        return _rules(self.config, self.step_cache_threshold)
+
+
+def _rules(config: CheckpointConfig, step_cache_threshold: float) -> SamplingRules:
+    return SamplingRules(
+        scheduler=config.scheduler, guidance=config.guidance, step_cache_threshold=step_cache_threshold
+    )
 
 
 def open_checkpoint(config: ModelConfig) -> Checkpoint:
@@ -71,15 +80,18 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise CheckpointError("device cuda: PyTorch sees no CUDA device here; use cpu", param="device")
     path = resolve_checkpoint(config.model, has_weights=config.weights == "checkpoint")
+    found = read_config(path)
+    check_approximations(config.approximations, found.scheduler.solver)
     return Checkpoint(
         path=path,
-        config=read_config(path),
+        config=found,
         device=torch.device(config.device),
         dtype=_DTYPES[config.dtype],
         offload=config.offload,
         is_quantized_at_load=config.quantize == "fp8",
         vae_precision=config.vae_precision,
         attention=config.attention,
+        step_cache_threshold=config.step_cache_threshold,
         load=random_module if config.weights == "random" else load_module,
     )
 
@@ -143,4 +155,5 @@ def load_model(config: ModelConfig) -> HeliosModel:
         transformer=load_transformer(checkpoint),
         vae=load_vae(checkpoint),
         text_encoder=load_text_encoder(checkpoint),
+        step_cache_threshold=checkpoint.step_cache_threshold,
     )

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, cast
 from helios_serve.errors import CheckpointError
 from helios_serve.model_executor.json_keys import JsonKeys, require
 from helios_serve.model_executor.vae import VaeConfig
-from helios_serve.types import Guidance, ModelInfo, Variant
+from helios_serve.types import Approximation, Guidance, ModelInfo, Variant
 
 TRANSFORMER_FILE = "transformer/config.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -288,7 +288,7 @@ class CheckpointConfig:
         step = self.size_multiple
         return tuple(dict.fromkeys((-(-w // step) * step, -(-h // step) * step) for w, h in self.listed_sizes))
 
-    def info(self, name: str, max_pixels: int = 921600) -> ModelInfo:
+    def info(self, name: str, max_pixels: int = 921600, approximations: tuple[Approximation, ...] = ()) -> ModelInfo:
         """What the API may know of this checkpoint, served as `name` with at most `max_pixels` a frame."""
         return ModelInfo(
             name=name,
@@ -302,6 +302,7 @@ class CheckpointConfig:
             default_guidance_scale=_DEFAULT_GUIDANCE_SCALE[self.variant],
             recommended_sizes=self.recommended_sizes,
             max_pixels=max_pixels,
+            approximations=approximations,
         )
 
     def _check_variant(self) -> None:

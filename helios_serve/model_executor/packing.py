@@ -19,7 +19,9 @@ from helios_serve.kernels import Segments, attention_scale
 from helios_serve.kernels.cross_attention import PackedText as PackedText
 from helios_serve.kernels.cross_attention import places_of
 from helios_serve.model_executor.history import HistoryTokens
+from helios_serve.model_executor.history_reuse import HistoryKV, PackedHistoryKV, pack_history_kv
 from helios_serve.model_executor.rope import Grid
+from helios_serve.model_executor.step_cache import StepCache
 from helios_serve.parallel.context_parallel import SpreadSegments, spread_segments
 from helios_serve.parallel.mesh import SOLO, Mesh
 from helios_serve.parallel.shards import Shards, shard, upload
@@ -49,7 +51,8 @@ class TextKV:
 class TokenSequence:
     """One sequence of a step: what is denoised, what it sees, and at which timestep.
 
-    `x` is [C, T, h, w]; `rotary` [T * h/2 * w/2, 2, Dh/2] belongs to its patch grid.
+    `x` is [C, T, h, w]; `rotary` [T * h/2 * w/2, 2, Dh/2] belongs to its patch grid. What is kept from step to step is
+    None without that approximation.
     """
 
     history: HistoryTokens
@@ -57,6 +60,13 @@ class TokenSequence:
     rotary: Tensor
     timestep: float
     text: TextKV
+    history_kv: HistoryKV | None = None
+    step_cache: StepCache | None = None
+
+    @property
+    def num_history(self) -> int:
+        """History tokens that go through the transformer: none once their keys and values are kept."""
+        return 0 if self.history_kv is not None and self.history_kv.is_sealed else len(self.history.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +100,8 @@ class PackedBatch:
     history: [sum of Nh, D] embedded history tokens. patches: [M, C * patch] current latents, not yet embedded.
     rotary: [N, 2, Dh/2] float32. timesteps: [1 + sequences] float32, the first one, 0, being the history's.
     self_attention over the tokens of all ranks, current_attention for the current ones alone. shards: of history and
-    current tokens over the ranks. grids: (T, h, w) of each sequence in patches.
+    current tokens over the ranks. grids: (T, h, w) of each sequence in patches. history_kv, step_caches: what sequences
+    keep between steps, None without those approximations.
     """
 
     history: Tensor
@@ -102,10 +113,16 @@ class PackedBatch:
     current_attention: SpreadSegments
     shards: Shards
     grids: tuple[Grid, ...]
+    history_kv: PackedHistoryKV | None
+    step_caches: tuple[StepCache | None, ...]
 
     @property
     def num_tokens(self) -> int:
         return self.layout.cu_tokens[-1]
+
+    def with_kept(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """What self-attention sees, given keys and values [N, H, Dh] of this batch: those that are kept are added."""
+        return (k, v) if self.history_kv is None else self.history_kv.complete(layer, k, v)
 
     def attended_by(self, backend: str) -> PackedBatch:
         """The same, whose self-attention is computed by the backend of that name."""
@@ -121,7 +138,8 @@ def pack(sequences: Many[TokenSequence], patch: Grid, mesh: Mesh = SOLO) -> tupl
         patch: the transformer's patch size (1, ph, pw).
     """
     device = sequences[0].x.device
-    shards = shard(tuple((len(s.history.tokens), len(s.rotary)) for s in sequences), mesh.tokens.size)
+    shards = shard(tuple((s.num_history, len(s.rotary)) for s in sequences), mesh.tokens.size)
+    history_kv, keys = pack_history_kv([s.history_kv for s in sequences], shards, mesh.tokens.rank)
     parts = [(s, past, now) for s, (past, now) in zip(sequences, shards.of_rank(mesh.tokens.rank), strict=True)]
     layout = _layout(
         tuple(past.stop - past.start for _, past, _ in parts), tuple(now.stop - now.start for *_, now in parts), device
@@ -133,10 +151,12 @@ def pack(sequences: Many[TokenSequence], patch: Grid, mesh: Mesh = SOLO) -> tupl
         rotary=torch.cat([rows for s, past, now in parts for rows in (s.history.rotary[past], s.rotary[now])]),
         timesteps=upload(torch.tensor([0.0, *(s.timestep for s in sequences)]), device),
         layout=layout,
-        self_attention=_attention(shards, shards, scale, mesh, device),
-        current_attention=_attention(shards.only(1), shards, scale, mesh, device),
+        self_attention=_attention(shards, keys, scale, mesh, device),
+        current_attention=_attention(shards.only(1), keys, scale, mesh, device),
         shards=shards,
         grids=grids_of(sequences, patch),
+        history_kv=history_kv,
+        step_caches=tuple(s.step_cache for s in sequences),
     )
     return batch, _pack_text([s.text for s in sequences], layout, scale, device)
 

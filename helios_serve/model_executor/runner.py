@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from helios_serve.faults import NO_FAULTS, FaultPlan
+from helios_serve.model_executor.approximations import check_approximations
 from helios_serve.model_executor.batch import ChunkInput, ChunkOutput, ChunkState, ParkedChunk, SamplingRules
+from helios_serve.model_executor.cached_forward import predict_cached
 from helios_serve.model_executor.memory import clear_cache, retry_out_of_memory
 from helios_serve.model_executor.packing import TextKV
 from helios_serve.model_executor.spread import breaks_group, predict
@@ -95,9 +97,16 @@ class Runner:
     def join(self, chunk: ChunkInput, parked: ParkedChunk | None = None) -> None:
         """Takes a chunk in, from its beginning or from where it was parked; it takes part from the next step on.
 
-        Raises: GroupBrokenError when memory runs out on one of several ranks.
+        Raises: GroupBrokenError when memory runs out on one of several ranks; CheckpointError for approximations that
+            are not possible with this checkpoint or on these ranks.
         """
         assert chunk.task_id not in self._chunks
+        check_approximations(
+            chunk.params.approximations,
+            self.rules.scheduler.solver,
+            num_ranks=self._mesh.num_ranks,
+            cfg_degree=self._mesh.cfg.size,
+        )
         with breaks_group(self._mesh):
             self._chunks[chunk.task_id] = retry_out_of_memory(lambda: self._make_state(chunk, parked))
 
@@ -189,7 +198,8 @@ class Runner:
         """The flows of each chunk's sequences."""
         spoiled = [self._visit(chunk, len(chunks)) for chunk in chunks]
         sequences = [chunk.sequences() for chunk in chunks]
-        flows = iter(predict(self.transformer, [sequence for own in sequences for sequence in own], self._mesh))
+        forward = partial(predict, self.transformer, mesh=self._mesh)
+        flows = iter(predict_cached(self.transformer, [sequence for own in sequences for sequence in own], forward))
         own_flows = [[next(flows) for _ in own] for own in sequences]
         return [
             [torch.full_like(flow, torch.nan) for flow in own] if is_spoiled else own
@@ -197,9 +207,10 @@ class Runner:
         ]
 
     def _advance(self, chunks: Sequence[ChunkState], flows: Sequence[list[Tensor]], log: _StepLog) -> None:
-        if any(flows):
-            log.pack_sizes.append(sum(len(own) for own in flows))
-            log.fitted.append(sum(chunk.num_tokens for chunk in chunks))
+        computed = [chunk for chunk in chunks if chunk.num_computed]
+        if computed:
+            log.pack_sizes.append(sum(chunk.num_computed for chunk in computed))
+            log.fitted.append(sum(chunk.num_tokens for chunk in computed))
         for chunk, own in zip(chunks, flows, strict=True):
             task_id, cursor = chunk.input.task_id, chunk.cursor
             # The others have moved on or will: one that fails must not stop them, nor be repeated with them.

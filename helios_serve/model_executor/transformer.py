@@ -32,6 +32,7 @@ from helios_serve.model_executor.offload import LayerOffload
 from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, patchify
 from helios_serve.model_executor.quantize import NUM_EDGE_BLOCKS
 from helios_serve.model_executor.rope import Grid
+from helios_serve.model_executor.step_cache import write_residuals
 from helios_serve.parallel.shards import upload
 
 _FLOAT32_PARTS = ("weight_scale", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "history_key_scale")
@@ -103,30 +104,37 @@ class HeliosTransformer(nn.Module):
         layers = [Modulation.of(rows) for rows in kernels.modulation_table(self.scale_shift_tables, time.modulation)]
         stream = Stream(x=self._embed(batch), layout=batch.layout, text=text)
         blocks = self._each_block()
-        block = next(blocks)
+        block, last = next(blocks), len(layers) - 1
         normed = block.enter(stream, layers[0])
         for index, (own, following) in enumerate(pairwise(layers)):
-            fed = block.feed(stream, block.attn1(normed, batch), index, own)
+            fed = block.feed(stream, block.attn1(normed, batch, index), index, own)
             block = next(blocks)
             normed = block.follow(stream, fed, own.ff_gate, following)
         if self.shortcuts.last_block_skips_history:
             assert isinstance(normed, Tensor), "blocks at either end are not in FP8"
-            attended, stream = block.attn1.of_current(normed, batch), stream.of_current()
+            attended, stream = block.attn1.of_current(normed, batch, last), stream.of_current()
         else:
-            attended = block.attn1(normed, batch)
-        fed = block.feed(stream, attended, len(layers) - 1, layers[-1])
+            attended = block.attn1(normed, batch, last)
+        fed = block.feed(stream, attended, last, layers[-1])
         shift, scale = self.norm_out(time.hidden)
         gate, row, eps = layers[-1].ff_gate, stream.layout.row, self.config.eps
         normed = kernels.gated_residual_norm(stream.x, fed, gate, row, shift, scale, eps)
+        if any(batch.step_caches):
+            added = stream.current(stream.x) - self.embed_current(batch.patches)
+            write_residuals(batch.step_caches, batch.layout.cu_current, added)
         return self.proj_out(stream.current(normed))
 
     def _embed(self, batch: PackedBatch) -> Tensor:
         """[N, D], the residual stream before the first block."""
-        current = _project_patches(self.patch_embedding, batch.patches)
+        current = self.embed_current(batch.patches)
         x = current.new_empty((batch.num_tokens, current.shape[-1]))
         x[batch.layout.history_index] = batch.history
         x[batch.layout.current_index] = current
         return x
+
+    def embed_current(self, patches: Tensor) -> Tensor:
+        """Current latents [M, C * patch] -> tokens [M, D]."""
+        return _project_patches(self.patch_embedding, patches)
 
     def project_text(self, prompt_embeds: Tensor) -> TextKV:
         """Keys and values of one prompt for all layers.

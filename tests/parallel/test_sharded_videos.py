@@ -39,6 +39,7 @@ _MID: tuple[dict[str, object], ...] = (
     {"steps": (2, 1, 1), "guidance_scale": 5.0},
     {"steps": (1, 2, 1), "guidance_scale": 2.0, "seed": 4},
 )
+_KEEPING: dict[str, object] = {"steps": (2, 1, 2), "approximations": ("history_reuse",)}
 _DISTILLED: tuple[dict[str, object], ...] = (
     {"num_frames": 66, "amplify_first_chunk": True},
     {"width": 128, "seed": 7},
@@ -49,6 +50,11 @@ CASES = {
     "mid-2": Case(variant="mid", requests=_MID, degrees=(Degrees(ulysses=2), Degrees(cfg=2))),
     "mid-4": Case(variant="mid", requests=_MID, degrees=(Degrees(cfg=2, ulysses=2),)),
     "distilled-2": Case(variant="distilled", requests=_DISTILLED, degrees=(Degrees(ulysses=2), Degrees(ring=2))),
+    "history-kept-2": Case(
+        variant="distilled",
+        requests=({**_KEEPING, "num_frames": 66}, {**_KEEPING, "width": 128, "steps": (1, 2, 1), "seed": 7}),
+        degrees=(Degrees(ulysses=2), Degrees(ring=2)),
+    ),
     "distilled-3": Case(variant="distilled", requests=_DISTILLED[1:], degrees=(Degrees(ring=3),)),
     "distilled-4": Case(
         variant="distilled", requests=_DISTILLED, degrees=(Degrees(ring=2, ulysses=2), Degrees(ring=4))

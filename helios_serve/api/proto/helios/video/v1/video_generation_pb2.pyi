@@ -252,7 +252,7 @@ class OutputOptions(_message.Message):
     def __init__(self, container: _Optional[_Union[Container, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., crf: _Optional[int] = ..., inline_segments: _Optional[bool] = ..., sub_chunks: _Optional[bool] = ...) -> None: ...
 
 class Video(_message.Message):
-    __slots__ = ("id", "model", "status", "progress", "created_at", "started_at", "completed_at", "expires_at", "prompt", "width", "height", "fps", "num_frames", "seconds", "seed", "num_chunks", "chunks_done", "queue_position", "eta_seconds", "url", "mime_type", "size_bytes", "error", "timing", "remixed_from_video_id", "extended_from_video_id", "user", "metadata", "warnings")
+    __slots__ = ("id", "model", "status", "progress", "created_at", "started_at", "completed_at", "expires_at", "prompt", "width", "height", "fps", "num_frames", "seconds", "seed", "num_chunks", "chunks_done", "queue_position", "eta_seconds", "url", "mime_type", "size_bytes", "error", "timing", "remixed_from_video_id", "extended_from_video_id", "user", "metadata", "warnings", "approximations")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +289,7 @@ class Video(_message.Message):
     USER_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    APPROXIMATIONS_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     status: VideoStatus
@@ -318,7 +319,8 @@ class Video(_message.Message):
     user: str
     metadata: _containers.ScalarMap[str, str]
     warnings: _containers.RepeatedCompositeFieldContainer[Warning]
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., status: _Optional[_Union[VideoStatus, str]] = ..., progress: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., completed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., seconds: _Optional[float] = ..., seed: _Optional[int] = ..., num_chunks: _Optional[int] = ..., chunks_done: _Optional[int] = ..., queue_position: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., url: _Optional[str] = ..., mime_type: _Optional[str] = ..., size_bytes: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., remixed_from_video_id: _Optional[str] = ..., extended_from_video_id: _Optional[str] = ..., user: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., warnings: _Optional[_Iterable[_Union[Warning, _Mapping]]] = ...) -> None: ...
+    approximations: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., status: _Optional[_Union[VideoStatus, str]] = ..., progress: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., completed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., seconds: _Optional[float] = ..., seed: _Optional[int] = ..., num_chunks: _Optional[int] = ..., chunks_done: _Optional[int] = ..., queue_position: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., url: _Optional[str] = ..., mime_type: _Optional[str] = ..., size_bytes: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., remixed_from_video_id: _Optional[str] = ..., extended_from_video_id: _Optional[str] = ..., user: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., warnings: _Optional[_Iterable[_Union[Warning, _Mapping]]] = ..., approximations: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message", "param", "type")
@@ -697,7 +699,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "created", "variant", "tasks", "frames_per_chunk", "size_multiple", "num_stages", "recommended_sizes", "max_pixels", "max_frames", "default_fps", "default_steps", "codecs")
+    __slots__ = ("id", "created", "variant", "tasks", "frames_per_chunk", "size_multiple", "num_stages", "recommended_sizes", "max_pixels", "max_frames", "default_fps", "default_steps", "codecs", "approximations")
     ID_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
@@ -711,6 +713,7 @@ class Model(_message.Message):
     DEFAULT_FPS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_STEPS_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    APPROXIMATIONS_FIELD_NUMBER: _ClassVar[int]
     id: str
     created: _timestamp_pb2.Timestamp
     variant: str
@@ -724,4 +727,5 @@ class Model(_message.Message):
     default_fps: float
     default_steps: _containers.RepeatedScalarFieldContainer[int]
     codecs: _containers.RepeatedScalarFieldContainer[Codec]
-    def __init__(self, id: _Optional[str] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., variant: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., frames_per_chunk: _Optional[int] = ..., size_multiple: _Optional[int] = ..., num_stages: _Optional[int] = ..., recommended_sizes: _Optional[_Iterable[str]] = ..., max_pixels: _Optional[int] = ..., max_frames: _Optional[int] = ..., default_fps: _Optional[float] = ..., default_steps: _Optional[_Iterable[int]] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ...) -> None: ...
+    approximations: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., variant: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., frames_per_chunk: _Optional[int] = ..., size_multiple: _Optional[int] = ..., num_stages: _Optional[int] = ..., recommended_sizes: _Optional[_Iterable[str]] = ..., max_pixels: _Optional[int] = ..., max_frames: _Optional[int] = ..., default_fps: _Optional[float] = ..., default_steps: _Optional[_Iterable[int]] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., approximations: _Optional[_Iterable[str]] = ...) -> None: ...
