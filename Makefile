@@ -4,10 +4,12 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
+VLLM_ENV ?= build/vllm-env
+SGLANG_ENV ?= build/sglang-env
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-faults test-browser test-gpu bench-gpu check fix proto docs clean
+.PHONY: help setup serve test test-faults test-browser test-vllm test-sglang test-gpu bench-gpu bench-check check fix proto docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
@@ -33,11 +35,22 @@ test-faults: $(READY) ## Kill, freeze and crash the workers of a real Ray cluste
 test-browser: $(READY) ## Drive the page in Chromium; skips, naming what is missing, without it
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser $(ARGS)
 
+test-vllm: ## Run the tests inside vLLM-Omni, in an environment of their own that is made once (3.6 GB)
+	PYTHON=$(PYTHON) tests/runtimes/vllm_env.sh $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pytest -o filterwarnings=default tests/runtimes/in_vllm $(ARGS)
+
+test-sglang: ## Run the tests inside SGLang-Diffusion, in an environment of their own that is made once (3.2 GB)
+	PYTHON=$(PYTHON) tests/runtimes/sglang_env.sh $(SGLANG_ENV)
+	$(SGLANG_ENV)/bin/python -m pytest -o filterwarnings=default tests/runtimes/in_sglang $(ARGS)
+
 test-gpu: $(READY) ## Compiled kernels against their definitions on a CUDA device; skips, naming what is missing, without it
 	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu $(ARGS)
 
 bench-gpu: $(READY) ## Build, check and time everything on one GPU; ARGS="--rehearse" for a tiny run on the CPU
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+bench-check: $(READY) ## Compare counts, imports and CPU overheads with benchmarks/baseline.json; ARGS=--update to rewrite it
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.check $(ARGS)
 
 check: $(READY) ## Format, lint, types and import rules
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ import typer
 from helios_serve import __version__
 from helios_serve import serve_flags as flags
 from helios_serve.api.keys_cli import keys_app
+from helios_serve.bench.cli import bench_app
 from helios_serve.config import Device, DType, ModelConfig
 from helios_serve.errors import HeliosError, InvalidRequestError
 from helios_serve.logs import configure_logging
@@ -29,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
 app.command("quantize")(quantize)
 

@@ -15,7 +15,7 @@ from helios_serve.api.engine_protocol import Engine
 from helios_serve.api.live_job import LiveJob
 from helios_serve.errors import CapacityError, HeliosError
 from helios_serve.store.connect import Stores
-from helios_serve.store.records import LatentsCommit, SegmentCommit
+from helios_serve.store.records import BlobRef, LatentsCommit, SegmentCommit
 from helios_serve.telemetry import Metrics
 from helios_serve.types import ChunkReady, Prepared, SegmentReady, TensorRef
 
@@ -74,13 +74,19 @@ class JobKeeper:
         except KeyError:  # the engine has let go of the request, which its next event says
             raise CapacityError("the engine ended before a chunk was kept", code="draining") from None
 
+    async def _keep_init(self, init: bytes, live: LiveJob) -> BlobRef:
+        """Written with the first segment; the others have the same."""
+        if live.init is None or live.init[0] != init:
+            live.init = (init, await patiently(lambda: self._stores.blobs.put(init)))
+        return live.init[1]
+
     async def keep_segment(self, event: SegmentReady, live: LiveJob) -> None:
         """The VAE half of a chunk, which is shown then. Raises: FencedError."""
         segment, stats, started_s = event.segment, live.stats, time.monotonic()
         stats.decode_ms += 1000 * event.seconds[0]
         stats.mux_ms += 1000 * event.seconds[1]
         blob = await patiently(lambda: self._stores.blobs.put(segment.media))
-        init = await patiently(lambda: self._stores.blobs.put(segment.init))
+        init = await self._keep_init(segment.init, live)
         stats.generated_ms = 1000 * max(0.0, time.time() - live.created_at)
         if stats.first_segment_ms is None:
             stats.first_segment_ms = stats.generated_ms

@@ -10,7 +10,7 @@ from typing import Any
 
 from helios_serve.api.job_spec import JobSpec
 from helios_serve.api.jobs import JobPhase
-from helios_serve.store.records import Lease
+from helios_serve.store.records import BlobRef, Lease
 from helios_serve.types import PlayState, PromptChange, Restart, StepCursor, VideoRequest
 
 
@@ -63,6 +63,8 @@ class LiveJob:
     steps_done: int = 0
     cursor: StepCursor | None = None
     num_published: int = 0
+    init: tuple[bytes, BlobRef] | None = None
+    """The init that the segments share, and where it is kept; None until there is a segment."""
     has_ended: bool = False
     allowed: int | None = None
     """Chunks that a session's viewer has given credit for; None before the first word of one."""

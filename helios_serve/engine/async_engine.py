@@ -21,6 +21,7 @@ from helios_serve.errors import CapacityError
 from helios_serve.telemetry import Metrics
 from helios_serve.tracing import Tracing
 from helios_serve.types import (
+    Beat,
     Completed,
     Event,
     ExecutorEvent,
@@ -251,6 +252,8 @@ class AsyncEngine:
 
     def _handle(self, event: ExecutorEvent) -> None:
         self._engine.handle(event, time.monotonic())
+        if isinstance(event, Beat):  # makes nothing possible that was not
+            return
         if not self._turn_is_due:
             # Events that are already waiting are all taken in before one turn answers them.
             self._turn_is_due = True

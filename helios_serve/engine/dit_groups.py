@@ -120,10 +120,12 @@ class DitGroups:
         if self.num_healthy == 1:  # nowhere else to go
             for run in runs:
                 run.state.avoided_group = None
-        by_id = {run.request_id: run for run in runs}
         actions = plan(
             now, [run.state for run in runs], list(self._groups.values()), self._model, self._scheduler, self._credit
         )
+        if not actions:
+            return []
+        by_id = {run.request_id: run for run in runs}
         flying = {flight.run.request_id: task_id for task_id, flight in self._flights.items()}
         started: list[tuple[RequestRun, GroupState]] = []
         for action in actions:

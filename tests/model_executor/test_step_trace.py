@@ -3,7 +3,6 @@ device."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,103 +10,26 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.step_trace import (
+    CONFIG,
+    IN_A_PRODUCT,
+    NOISY,
+    NUM_HISTORY,
+    NUM_TEXT,
+    count_flops,
+    served_transformer,
+    trace_forward,
+)
 from helios_serve.model_executor.batch import ChunkInput, ChunkState, SamplingRules
 from helios_serve.model_executor.checkpoint import read_config
-from helios_serve.model_executor.history import HistoryTokens, empty_history
-from helios_serve.model_executor.model_config import TransformerConfig
-from helios_serve.model_executor.packing import PackedBatch, PackedText, TextKV, TokenSequence, pack, unpack
+from helios_serve.model_executor.history import empty_history
+from helios_serve.model_executor.packing import pack, unpack
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding
 from helios_serve.model_executor.transformer import HeliosTransformer, Shortcuts
 from helios_serve.types import SamplingParams
 
-CONFIG = TransformerConfig()
 DIM, FFN, LAYERS = CONFIG.dim, CONFIG.ffn_dim, CONFIG.num_layers
-NUM_HISTORY, NUM_TEXT = 2400, 512
-NOISY = (540, 2160, 8640)
-"""Current tokens of 9 latent frames at 640x384, by stage."""
-
-MATRIX_OPERATORS = ("linear", "mm", "addmm", "_addmm_activation", "bmm", "attend", "cross_attend")
-VIEWS = ("view", "flatten", "unflatten", "unbind", "select", "slice", "split", "chunk", "unsqueeze", "t")
-ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-
-
-class Trace(TorchDispatchMode):
-    """Counts what is launched and the bytes that all but matrix products read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.name().partition("::")[2].partition(".")[0]
-        if name in VIEWS or name in ALLOCATIONS:
-            return result
-        self.launches[name] += 1
-        if name not in MATRIX_OPERATORS:
-            self.bytes[name] += _traffic(func, args, result)
-        return result
-
-    @property
-    def num_launches(self) -> int:
-        return sum(self.launches.values())
-
-
-FUSED_PASSES: dict[str, tuple[str, float]] = {
-    "layer_norm_modulate": ("x", 2),
-    "rms_norm": ("x", 2),
-    "norm_rope": ("x", 2),
-    "qk_norm_rope_": ("qkv", 2 * 2 / 3),  # v stays as it is
-    "gated_residual_norm": ("x", 4),
-    "gated_residual_split_norm": ("x", 4),  # each row is written to one of the two results
-    "residual_scatter_norm": ("y", 4),  # only the rows of y are touched
-}
-"""What a fused kernel reads and writes, in passes over one of its arguments. Tables are read from caches."""
-
-
-def _traffic(func: Any, args: Any, result: Any) -> float:
-    name = func.name().partition("::")[2].partition(".")[0]
-    if name in FUSED_PASSES:
-        argument, passes = FUSED_PASSES[name]
-        names = [one.name for one in func._schema.arguments]
-        return passes * args[names.index(argument)].nbytes
-    tensors = [value for value in (*tree_leaves(args), *tree_leaves(result)) if isinstance(value, Tensor)]
-    return sum(value.nbytes for value in tensors)
-
-
-@pytest.fixture(scope="module")
-def transformer() -> HeliosTransformer:
-    with torch.device("meta"):
-        made = HeliosTransformer(CONFIG, Shortcuts(last_block_skips_history=True)).to(torch.bfloat16)
-    for name, parameter in made.named_parameters():
-        if made.keeps_float32(name):
-            parameter.data = parameter.data.float()
-    return made.requires_grad_(False).eval()
-
-
-def batch_of(stages: tuple[int, ...], device: str) -> tuple[PackedBatch, PackedText]:
-    """Shapes of sequences at those stages; the values mean nothing."""
-    sequences = []
-    for stage in stages:
-        height, width = 12 << stage, 20 << stage
-        num_noisy, heads, head_dim = NOISY[stage], CONFIG.num_attention_heads, CONFIG.attention_head_dim
-        text = torch.empty(LAYERS, NUM_TEXT, heads, head_dim, dtype=torch.bfloat16, device=device)
-        sequences.append(
-            TokenSequence(
-                history=HistoryTokens(
-                    tokens=torch.empty(NUM_HISTORY, DIM, dtype=torch.bfloat16, device=device),
-                    rotary=torch.empty(NUM_HISTORY, 2, head_dim // 2, device=device),
-                ),
-                x=torch.empty(CONFIG.in_channels, 9, height, width, dtype=torch.bfloat16, device=device),
-                rotary=torch.empty(num_noisy, 2, head_dim // 2, device=device),
-                timestep=500.0,
-                text=TextKV(keys=text, values=text),
-            )
-        )
-    return pack(sequences, CONFIG.patch_size)
 
 
 def lossless_flops(num_noisy: int) -> int:
@@ -124,29 +46,20 @@ def lossless_flops(num_noisy: int) -> int:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@torch.inference_mode()
-def test_operations_are_those_of_the_model_and_no_more(transformer: HeliosTransformer, stage: int) -> None:
-    batch, text = batch_of((stage,), "meta")
-    with FlopCounterMode(display=False) as counter:
-        transformer(batch, text)
-    assert counter.get_total_flops() == lossless_flops(NOISY[stage])
+def test_operations_are_those_of_the_model_and_no_more(stage: int) -> None:
+    assert count_flops(served_transformer(), (stage,)) == lossless_flops(NOISY[stage])
     assert round(lossless_flops(8640) / 1e9) == 355_880
 
 
 @pytest.mark.parametrize("stages", [(0,), (1,), (2,), (0, 2)])
-@torch.inference_mode()
-def test_launches_and_bytes(transformer: HeliosTransformer, stages: tuple[int, ...]) -> None:
-    batch, text = batch_of(stages, "meta")
-    with Trace() as trace:
-        transformer(batch, text)
-    gelu = trace.launches.pop("gelu")  # part of the product before it, on a GPU
-    assert gelu == LAYERS
+def test_launches_and_bytes(stages: tuple[int, ...]) -> None:
+    trace = trace_forward(served_transformer(), stages)
+    assert trace.launches[IN_A_PRODUCT] == LAYERS
     assert trace.num_launches <= 600, trace.launches
-    trace.bytes.pop("gelu")
     noisy = sum(NOISY[stage] for stage in stages)
     tokens = noisy + len(stages) * NUM_HISTORY
     budget = LAYERS * (24 * DIM * tokens + 12 * DIM * noisy)
-    assert sum(trace.bytes.values()) <= 1.05 * budget, (sum(trace.bytes.values()) / budget, trace.bytes)
+    assert trace.num_bytes <= 1.05 * budget, (trace.num_bytes / budget, trace.bytes)
 
 
 class NoWaiting(TorchDispatchMode):
