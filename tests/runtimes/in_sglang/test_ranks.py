@@ -1,0 +1,63 @@
+"""Several ranks through SGLang's own launcher make the videos of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
+
+from helios_serve.errors import UnsupportedOperationError
+from tests.conftest import MakeCheckpoint
+from tests.runtimes.in_sglang.conftest import STEPS, Frames, Native
+
+pytestmark = pytest.mark.timeout(1800)  # each process that SGLang starts imports for half a minute
+
+
+@contextmanager
+def generator(checkpoint: Path, **settings: Any) -> Iterator[DiffGenerator]:
+    started = DiffGenerator.from_pretrained(
+        model_path=str(checkpoint), dit_precision="fp32", output_path=str(checkpoint.parent / "out"), **settings
+    )
+    try:
+        yield started
+    finally:
+        started.shutdown()
+
+
+def frames_of(started: DiffGenerator, prompt: str, **fields: Any) -> Frames:
+    asked = {"width": 64, "height": 64, "seed": 7, "num_frames": 66, **fields}
+    result = started.generate({"prompt": prompt, "save_output": False, "return_frames": True, **asked})
+    return np.stack(result.frames)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("distilled", {"num_gpus": 2}),
+        ("distilled", {"num_gpus": 2, "ring_degree": 2, "ulysses_degree": 1, "sp_degree": 2}),
+        ("base", {"num_gpus": 2, "enable_cfg_parallel": True}),
+        ("mid", {"num_gpus": 4, "enable_cfg_parallel": True}),
+        ("distilled", {"num_gpus": 4, "ulysses_degree": 4}),
+    ],
+)
+def test_ranks_make_the_videos_of_one(
+    variant: str, settings: dict[str, Any], make_checkpoint: MakeCheckpoint, native: Native
+) -> None:
+    """64 x 64 pixels are 4 x 4 tokens a frame, 9 frames: history and stages do not divide evenly."""
+    checkpoint = make_checkpoint(variant)
+    steps = STEPS[variant]
+    with generator(checkpoint, **settings) as started:
+        for prompt in ("a fox", "a dog"):
+            frames = frames_of(started, prompt, api_fields={"steps": steps})
+            expected = native(checkpoint, prompt, num_frames=66, steps=steps)
+            assert np.abs(frames.astype(int) - expected).max() <= 1
+
+
+def test_degrees_that_do_not_fit_are_refused(tiny_distilled: Path) -> None:
+    with pytest.raises((UnsupportedOperationError, ValueError)), generator(tiny_distilled, num_gpus=2, tp_size=2):
+        pass
