@@ -1,26 +1,19 @@
-"""What tests ask a started `vllm serve --omni`: files over HTTP, sessions over WebSocket, and their brightness."""
+"""What tests ask a started `vllm serve --omni`: files over HTTP, and sessions over WebSocket."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
-import av
 import httpx
-import numpy as np
-import numpy.typing as npt
 from websockets.sync.client import ClientConnection, connect
 
-from tests.runtimes.in_vllm.conftest import Frames, Server
+from tests.runtimes.in_vllm.conftest import Server
 
 LOSSLESS = {"video_codec_options": {"crf": "0", "preset": "ultrafast"}}
-MAX_LUMA_ERROR = 0.1
-"""Mean over pixels; the codec is lossless, another prompt is 4 away."""
 
 
 def post(server: Server, files: dict[str, Any] | None = None, **fields: Any) -> httpx.Response:
@@ -32,28 +25,6 @@ def post(server: Server, files: dict[str, Any] | None = None, **fields: Any) -> 
         files=files or {"unused": ("", b"")},
         timeout=400,
     )
-
-
-def luma(data: bytes) -> npt.NDArray[np.int64]:
-    with av.open(io.BytesIO(data)) as container:
-        return np.stack([frame.to_ndarray()[: frame.height] for frame in container.decode(video=0)]).astype(int)
-
-
-def luma_of(frames: Frames) -> npt.NDArray[np.int64]:
-    converted = [av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p") for frame in frames]
-    return np.stack([frame.to_ndarray()[: frame.height] for frame in converted]).astype(int)
-
-
-def as_mp4(frames: Frames) -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(24), options={"crf": "1"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv444p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    return file.getvalue()
 
 
 @dataclass(slots=True, kw_only=True)

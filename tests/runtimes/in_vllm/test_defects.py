@@ -17,7 +17,8 @@ from PIL import Image
 from tests.conftest import MakeCheckpoint
 from tests.runtimes.in_vllm.conftest import IS_OURS, Frames, Server
 from tests.runtimes.in_vllm.omni import forwards, frames_of, omni, sampling, worst
-from tests.runtimes.in_vllm.served import luma, play, post
+from tests.runtimes.in_vllm.served import play, post
+from tests.runtimes.pictures import luma
 
 defect = pytest.mark.xfail(not IS_OURS, reason="a defect of the runtime's own backend", strict=True)
 

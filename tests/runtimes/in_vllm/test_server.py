@@ -14,7 +14,8 @@ from PIL import Image
 
 from tests.conftest import MakeCheckpoint
 from tests.runtimes.in_vllm.conftest import Frames, Server, StartServer
-from tests.runtimes.in_vllm.served import MAX_LUMA_ERROR, Session, as_mp4, luma, luma_of, open_session, play, post
+from tests.runtimes.in_vllm.served import Session, open_session, play, post
+from tests.runtimes.pictures import MAX_LUMA_ERROR, as_mp4, luma, luma_of
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
 

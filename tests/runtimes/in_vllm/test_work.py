@@ -17,7 +17,8 @@ from helios_serve.types import Variant
 from tests.conftest import MakeCheckpoint
 from tests.runtimes.in_vllm.conftest import Frames, Server, StartServer
 from tests.runtimes.in_vllm.omni import omni, sampling
-from tests.runtimes.in_vllm.served import Session, luma, open_session, play, post
+from tests.runtimes.in_vllm.served import Session, open_session, play, post
+from tests.runtimes.pictures import luma
 
 LONG, FORWARDS = 1650, 300
 """Frames of a video that is not to be finished, and what it would take: 6 steps for each of 50 chunks."""
