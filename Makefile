@@ -9,7 +9,7 @@ SGLANG_ENV ?= build/sglang-env
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-faults test-browser test-vllm test-sglang test-gpu bench-gpu bench-check check fix proto docs clean
+.PHONY: help setup serve test test-faults test-browser test-vllm test-sglang test-quality test-gpu train-tiny bench-gpu bench-check check fix proto docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
@@ -26,8 +26,8 @@ $(READY): pyproject.toml constraints.txt
 serve: $(READY) ## Serve the embedded tiny checkpoint on 127.0.0.1:8000; ARGS="DIR --port 9000" for another
 	$(BIN)/helios-serve serve $(ARGS)
 
-test: $(READY) ## Run the tests but those of the two targets below, two processes with one thread each
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not ray and not browser and not server" $(ARGS)
+test: $(READY) ## Run the tests but those of the other test targets, two processes with one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not ray and not browser and not server and not quality" $(ARGS)
 
 test-faults: $(READY) ## Kill, freeze and crash the workers of a real Ray cluster; attack, starve and drain a started server
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "ray or server" $(ARGS)
@@ -43,6 +43,9 @@ test-sglang: ## Run the tests inside SGLang-Diffusion, in an environment of thei
 	PYTHON=$(PYTHON) tests/runtimes/sglang_env.sh $(SGLANG_ENV)
 	$(SGLANG_ENV)/bin/python -m pytest -o filterwarnings=default tests/runtimes/in_sglang $(ARGS)
 
+test-quality: $(READY) ## Score the shipped checkpoint on 100 held-back prompts of each task, and 20 chunks
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m quality -s tests/quality $(ARGS)
+
 test-gpu: $(READY) ## Compiled kernels against their definitions on a CUDA device; skips, naming what is missing, without it
 	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu $(ARGS)
 
@@ -51,6 +54,9 @@ bench-gpu: $(READY) ## Build, check and time everything on one GPU; ARGS="--rehe
 
 bench-check: $(READY) ## Compare counts, imports and CPU overheads with benchmarks/baseline.json; ARGS=--update to rewrite it
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.check $(ARGS)
+
+train-tiny: $(READY) ## Train the small checkpoint into build/tiny; ARGS="--preset gpu --device cuda --seconds 400" on a GPU
+	$(BIN)/python -m tools.tiny_checkpoint.build $(ARGS)
 
 check: $(READY) ## Format, lint, types and import rules
 	$(BIN)/ruff format --check .

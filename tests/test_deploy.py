@@ -323,7 +323,7 @@ def helm(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def rendered(*options: str) -> dict[str, Any]:
-    done = helm("template", "release", CHART, *options)
+    done = helm("template", "release", CHART, "--kube-version", "1.30.0", *options)
     assert done.returncode == 0, done.stderr
     documents = [each for each in yaml.safe_load_all(done.stdout) if each is not None]
     return {each["kind"]: each for each in documents}
@@ -399,7 +399,7 @@ def test_several_pods_with_everything(tmp_path: Path) -> None:
     ],
 )
 def test_helm_refuses_what_would_not_work(options: tuple[str, ...], said: str) -> None:
-    done = helm("template", "release", CHART, *options)
+    done = helm("template", "release", CHART, "--kube-version", "1.30.0", *options)
     assert done.returncode != 0
     assert said in done.stderr
 

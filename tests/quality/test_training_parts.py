@@ -1,0 +1,245 @@
+"""The training of the small checkpoint learns what is served: the same flow, the same noise, the same places."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from helios_serve.config import ModelConfig
+from helios_serve.model_executor.history import History
+from helios_serve.model_executor.model import load_model
+from helios_serve.model_executor.packing import TokenSequence, pack, unpack
+from helios_serve.model_executor.sampling.pyramid import block_noise
+from helios_serve.model_executor.sampling.schedule import Renoise
+from tools.tiny_checkpoint import export, stages
+from tools.tiny_checkpoint.batched_flow import Past, TextBatch, batched_flow
+from tools.tiny_checkpoint.captions import ATTRIBUTES, SYNONYMS, caption, full_caption
+from tools.tiny_checkpoint.latents import ClipStore, load_clips
+from tools.tiny_checkpoint.plans import Plan, Planner
+from tools.tiny_checkpoint.presets import Preset
+from tools.tiny_checkpoint.progress import Run
+from tools.tiny_checkpoint.train_flow import FLOW_FILE, FlowModel, distilled_scheduler, train_flow
+from tools.tiny_checkpoint.train_vae import VAE_FILE, decode, new_vae, posterior, train_vae
+from tools.tiny_checkpoint.vocabulary import Vocabulary
+from tools.tiny_checkpoint.world import CHUNKS_PER_CLIP, draw_clip, draw_scene
+
+CPU = torch.device("cpu")
+RECORDED_LOSSES = {
+    "vae": {"l1": 0.696217, "l2": 0.670787, "kl": 1.590363},
+    "flow": {"stage0": 0.760522, "stage1": 0.955672, "stage2": 1.223686, "words0": 1.691713},
+}
+"""Means over the 20 steps of the fixture's trainings; the first five of the flow's are words alone."""
+
+
+@pytest.fixture(scope="module")
+def model(preset: Preset) -> FlowModel:
+    torch.manual_seed(0)
+    model = FlowModel(preset.flow, Vocabulary.new())
+    for parameter in model.parameters():  # nothing that begins at zero stays hidden
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def test_batched_flow_is_the_flow_that_is_served(model: FlowModel) -> None:
+    generator = torch.Generator().manual_seed(1)
+    past = Past(
+        frames=_randn(2, 16, 19, 8, 16, generator=generator), first=_randn(2, 16, 1, 8, 16, generator=generator)
+    )
+    x, timesteps = _randn(2, 16, 9, 4, 8, generator=generator), torch.tensor((742.0, 385.0))
+    captions = ("a red circle moving left", "blue")
+    with torch.no_grad():
+        text = model.embed(*model.vocabulary.tokens(captions))
+        batched = batched_flow(model.transformer, x, timesteps, past, text)
+        packed = _packed_flow(model, x, timesteps, past, text)
+    assert (batched - packed).abs().max() < 2e-5 * packed.abs().max()
+
+
+def _packed_flow(model: FlowModel, x: Tensor, timesteps: Tensor, past: Past, text: TextBatch) -> Tensor:
+    transformer, sequences = model.transformer, []
+    for index in range(len(x)):
+        embeds = torch.zeros(512, text.embeds.shape[-1])
+        embeds[: text.embeds.shape[1]] = text.embeds[index]
+        sequences.append(
+            TokenSequence(
+                history=transformer.embed_history(History(frames=past.frames[index], first=past.first[index])),
+                x=x[index],
+                rotary=transformer.current_rotary((9, 2, 4)),
+                timestep=float(timesteps[index]),
+                text=transformer.project_text(embeds),
+            )
+        )
+    batch, packed_text = pack(sequences, transformer.patch)
+    return torch.stack(unpack(transformer(batch, packed_text), batch, transformer.patch))
+
+
+def test_everything_is_reached_by_gradients(model: FlowModel) -> None:
+    past = Past(frames=torch.randn(1, 16, 19, 8, 16), first=torch.randn(1, 16, 1, 8, 16))
+    text = model.embed(*model.vocabulary.tokens(("a red circle moving left",)))
+    flow = batched_flow(model.transformer, torch.randn(1, 16, 9, 8, 16), torch.tensor((384.0,)), past, text)
+    (flow.sum() + model.word_loss(text, torch.zeros(1, 12, dtype=torch.long))).backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    model.zero_grad(set_to_none=True)
+    assert without == []
+
+
+def test_vae_with_gradients_is_the_vae_that_is_served(preset: Preset) -> None:
+    torch.manual_seed(0)
+    vae = new_vae(preset.vae)
+    with torch.no_grad():
+        frames = torch.rand(1, 3, 9, 16, 16) * 2 - 1
+        mean, _ = posterior(vae, frames)
+        torch.testing.assert_close(mean, vae.encode(frames)[0])
+        torch.testing.assert_close(decode(vae, mean).clamp(-1, 1), vae.decode(mean), atol=1e-5, rtol=1e-4)
+
+
+def test_stage_noise_has_the_covariance_of_the_sampler() -> None:
+    ours = stages._block_noise(torch.Size((1, 16, 9, 64, 64)), torch.Generator().manual_seed(0))[0]
+    theirs = block_noise((16, 9, 128, 128), (1, 2, 2), 1 / 3, torch.Generator().manual_seed(1))
+    assert (_block_covariance(ours) - _block_covariance(theirs)).abs().max() < 0.01
+
+
+def _block_covariance(noise: Tensor) -> Tensor:
+    blocks = noise.unfold(-2, 2, 2).unfold(-2, 2, 2).reshape(-1, 4)
+    return blocks.T @ blocks / len(blocks)
+
+
+def test_coupled_noise_tells_the_start_and_stays_white() -> None:
+    angles = 2 * math.pi * torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4000, 16, 9, 2, 4, generator=torch.Generator().manual_seed(1))
+    coupled = stages.couple(noise, angles)
+    means = coupled.mean((2, 3, 4))
+    told = torch.atan2(means[:, 1:4:2], means[:, :4:2])
+    assert ((told - angles + math.pi) % (2 * math.pi) - math.pi).abs().max() < 1e-2
+    values = coupled[:, :5, :2, 0].flatten(1)  # of coupled channels and of one that is not
+    assert (values.T @ values / 4000 - torch.eye(values.shape[1])).abs().max() < 0.1
+
+
+def test_noise_without_starts_is_left_alone() -> None:
+    noise = torch.randn(2, 16, 9, 2, 4)
+    assert torch.equal(stages.couple(noise, torch.full((2, 4), math.nan)), noise)
+
+
+def test_plans_tell_starts_to_fresh_chunks_alone() -> None:
+    plan = _plan()
+    is_fresh = (plan.chunk == 0) & ~plan.has_image
+    assert torch.equal(~plan.angles[:, 0].isnan(), is_fresh)
+    start = draw_clip(0, int(plan.clip[is_fresh][0])).starts[0]
+    expected = 2 * math.pi * torch.tensor((start[0] / 128, start[1] / 64))
+    torch.testing.assert_close(plan.angles[is_fresh][0, :2], expected)
+
+
+def test_examples_see_the_past_of_their_chunk() -> None:
+    plan = _plan()
+    chunk = torch.arange(CHUNKS_PER_CLIP * 9.0).view(1, CHUNKS_PER_CLIP, 1, 9, 1, 1) + 1
+    stills = torch.full((3, 16, 1, 8, 16), -5.0).half()
+    store = ClipStore(_CLIPS, chunk.expand(3, -1, 16, -1, 8, 16).half(), stills)
+    first, frames = store.past(plan.clip, plan.chunk, plan.has_image)
+    target = store.chunks(plan.clip, plan.chunk)
+    for index, begun in enumerate((9 * plan.chunk).tolist()):
+        assert target[index, 0, :, 0, 0].tolist() == [begun + 1 + frame for frame in range(9)]
+        seen = [max(0, frame) for frame in range(begun - 18, begun + 1)]
+        if plan.has_image[index]:
+            seen[-1] = -5
+        assert frames[index, 0, :, 0, 0].tolist() == seen
+        assert first[index].unique().tolist() == [1.0 if begun or plan.has_image[index] else 0.0]
+
+
+def test_stages_begin_where_the_sampler_does() -> None:
+    """At sigma 1 the flow leads from x to the chunk's means, and the means of stage 1 lead to stage 2."""
+    plan = replace(_plan(), sigma=torch.ones(16))
+    store = ClipStore(_CLIPS, torch.randn(3, CHUNKS_PER_CLIP, 16, 9, 8, 16).half(), torch.randn(3, 16, 1, 8, 16).half())
+    clean = store.chunks(plan.clip, plan.chunk)
+    generator, renoise = torch.Generator().manual_seed(0), Renoise(signal=0.75, noise=0.43)
+    batches = [stages.first_stage(clean, plan, generator)]
+    for stage in (1, 2):
+        before = stages.nearly(stages.shrink(clean, 3 - stage), generator)
+        batches.append(stages.later_stage(clean, plan, before, renoise, generator))
+        error = stages.shrink(batches[stage].x, 1) / 0.75 - stages.shrink(clean, 3 - stage)
+        assert 0 < error.std() < 0.2
+    for stage, batch in enumerate(batches):
+        torch.testing.assert_close(batch.x - batch.flow, stages.shrink(clean, 2 - stage), atol=1e-5, rtol=1e-5)
+
+
+_CLIPS = tuple(draw_clip(0, index) for index in range(3))
+
+
+def _plan() -> Plan:
+    points = stages.schedules(distilled_scheduler(), (18, 72, 288))
+    return Planner(_CLIPS, Vocabulary.new(), points, (16,), 1)[0][0]
+
+
+def test_captions_have_no_unknown_words() -> None:
+    vocabulary, rng = Vocabulary.new(), random.Random(0)
+    for index in range(200):
+        scene = draw_scene(rng, two_share=0.3, held_back=index % 2 == 0)
+        text = caption(scene, rng, frozenset(name for name in ATTRIBUTES if rng.random() < 0.3))
+        unknown = vocabulary.tokenizer.unk_token_id in vocabulary.tokenizer(text)["input_ids"]
+        assert unknown == ("colourless" in text), text
+
+
+def test_synonyms_and_capitals_are_the_plain_word() -> None:
+    vocabulary = Vocabulary.new()
+    plain, _ = vocabulary.tokens(("a red circle moving left slowly",))
+    for other in ("A Red ball MOVES leftwards gently", "the red disc drifting left slow"):
+        assert torch.equal(vocabulary.tokens((other,))[0], plain)
+    words = [word for group in SYNONYMS.values() for word in group]
+    assert len(words) == len(set(words))
+
+
+def test_held_back_scenes_are_never_in_a_clip() -> None:
+    assert not any(scene.is_held_back for index in range(300) for scene in draw_clip(3, index, two_share=0.2).scenes)
+    assert draw_scene(random.Random(0), held_back=True).is_held_back
+    assert "moving" in full_caption(draw_scene(random.Random(0)))
+
+
+def test_interrupted_training_goes_on_as_if_nothing_had_happened(preset: Preset, work: Path, tmp_path: Path) -> None:
+    store, run = load_clips(work, CPU), Run(work=tmp_path, device=CPU, seed=0)
+    train_flow(preset.flow, replace(run, stop_after=13), store)
+    train_flow(preset.flow, run, store)
+    once, twice = (torch.load(folder / FLOW_FILE, weights_only=True)["parts"]["average"] for folder in (work, tmp_path))
+    for name, value in once["values"].items():
+        torch.testing.assert_close(twice["values"][name], value, msg=name)
+
+
+def test_losses_are_the_recorded_ones(work: Path) -> None:
+    """A change here changes every checkpoint that is trained from now on: record the new losses if it was meant."""
+    for training, losses in RECORDED_LOSSES.items():
+        logged = json.loads((work / f"{training}.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        assert {name: logged[name] for name in losses} == pytest.approx(losses, rel=1e-3)
+
+
+def test_training_ends_in_time(preset: Preset, tmp_path: Path) -> None:
+    train_vae(replace(preset.vae, steps=10**6), Run(work=tmp_path, device=CPU, seed=0, max_s=0.5))
+    state = torch.load(tmp_path / VAE_FILE, weights_only=True)
+    assert 0 < state["next_step"] < 10**4
+    assert state["spent_s"] < 5
+
+
+def test_what_was_trained_is_served(preset: Preset, work: Path, barely_trained: Path) -> None:
+    loaded = load_model(ModelConfig(model=str(barely_trained), device="cpu", dtype="float32"))
+    assert loaded.config.info("tiny").recommended_sizes == ((128, 64),)
+    trained = export.trained_flow(preset, work)
+    for name, parameter in loaded.transformer.named_parameters():
+        assert torch.equal(parameter, trained.transformer.get_parameter(name).bfloat16().float()), name
+    text = trained.embed(*trained.vocabulary.tokens(("a red circle",))).embeds[0]
+    served = loaded.text_encoder.encode("The Red ball")
+    assert (served[: len(text)] - text).abs().max() < 0.05 * text.abs().max()
+
+
+def test_latents_are_normalised(work: Path) -> None:
+    with safe_open(work / "latents.safetensors", "pt") as file:
+        latents = file.get_tensor("latents").float()
+    assert latents.mean((0, 1, 3, 4, 5)).abs().max() < 0.01
+    assert (latents.std((0, 1, 3, 4, 5)) - 1).abs().max() < 0.01
+
+
+def _randn(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator)

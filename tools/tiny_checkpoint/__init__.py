@@ -1,0 +1,1 @@
+"""Trains the small checkpoint that the wheel carries, on clips that are drawn while it trains."""
