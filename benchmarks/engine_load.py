@@ -74,7 +74,7 @@ def decisions_s(num_requests: int, num_groups: int) -> float:
 
 
 def decision_bytecodes(num_requests: int, num_groups: int, num_steps: int = 100) -> int:
-    """Instructions of the interpreter that one step takes in the engine's own methods; equal at each run."""
+    """Instructions of the interpreter that one step takes in the engine's own methods; within 0.1 % at each run."""
     counter = _Bytecodes()
     counted = _window(num_requests, num_groups, counter.around, num_steps)
     return round(counter.count / counted)

@@ -8,6 +8,7 @@ import asyncio
 import faulthandler
 import json
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -120,7 +121,9 @@ def _about(model: ModelConfig, ray: ExecutorConfig | None, server: ServerConfig)
 
 
 def _commit() -> str | None:
-    """The commit that this package was installed from; None for a package that does not say."""
+    """The commit that this package was made from, as its image (IMAGE_REVISION) or its installer says; else None."""
+    if commit := os.environ.get("IMAGE_REVISION"):
+        return commit
     text = distribution("helios-serve").read_text("direct_url.json")
     return None if text is None else json.loads(text).get("vcs_info", {}).get("commit_id")
 

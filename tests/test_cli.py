@@ -225,7 +225,7 @@ def test_a_failure_in_the_middle_leaves_no_files(
 
 
 def test_version(run: Run) -> None:
-    assert run("version") == (0, f"{__version__}\n", "")
+    assert run("version") == run("--version") == (0, f"{__version__}\n", "")
 
 
 def test_the_module_is_a_program_too() -> None:

@@ -56,7 +56,7 @@ class Server:
 @contextmanager
 def serving(data_dir: Path, *arguments: str) -> Iterator[Server]:
     command = [str(PROGRAM), "serve", *arguments, "--port", "0", "--data-dir", str(data_dir)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "IMAGE_REVISION": "c0ffee"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, text=True, **pipes) as process:  # type: ignore[call-overload]
         watchdog = threading.Timer(START_S, process.kill)
@@ -121,6 +121,7 @@ def test_a_server_from_start_to_ctrl_c(data_dir: Path, tmp_path: Path) -> None:
         assert httpx2.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "helios-tiny"
         about = httpx2.get(f"{server.url}/version").json()
         assert (about["version"], about["device"], about["dtype"]) == (__version__, "cpu", "float32")
+        assert about["commit"] == "c0ffee"
         assert about["roles"] == {"encoder": 1, "dit": 1, "vae": 1}
 
         words = shlex.split(server.curl.replace("\\\n", " "))

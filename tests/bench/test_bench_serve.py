@@ -172,11 +172,12 @@ def test_failures_of_other_servers_are_counted(kind: type[FakeVideos], code: str
 
 
 def test_a_sweep_finds_the_load_that_a_server_bears(fake: ScriptedServer, tmp_path: Path) -> None:
-    """The fake answers at once while at most 4 run, and a good deal later when more do."""
-    fake.script, fake.busy_script, fake.num_free = Script(segments_s=(0.1,)), Script(segments_s=(1.5,)), 4
+    """The fake answers soon while at most 4 run, and a good deal later when more do. Soon is long enough that a late
+    thread still meets the others."""
+    fake.script, fake.busy_script, fake.num_free = Script(segments_s=(0.4,)), Script(segments_s=(2.0,)), 4
     result, printed = bench(
-        fake.url, tmp_path / "sweep.json", "--concurrency", "1", "--num-requests", "12", "--warmup", "0",
-        "--slo", "ttfs=1", "--sweep", "--sweep-share", "1",
+        fake.url, tmp_path / "sweep.json", "--concurrency", "1", "--num-requests", "8", "--warmup", "0",
+        "--slo", "ttfs=1.5", "--sweep", "--sweep-share", "1",
     )  # fmt: skip
     assert result["search"] == {"highest": 4, "lowest_failing": 5}
     assert [point["load"]["level"] for point in result["points"]] == [1, 2, 4, 5, 6, 8]

@@ -87,9 +87,9 @@ def test_a_heavy_import_is_seen(copy_of_the_package: Path) -> None:
 
 
 def test_a_slower_plan_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytecodes are equal at each run, so that ten per cent more are not taken for noise."""
+    """Bytecodes are nearly equal at each run, so that more than the margin of the check is not taken for noise."""
     counted = [engine_load.decision_bytecodes(8, 1, num_steps=20) for _ in range(2)]
-    assert counted[0] == counted[1] > 0
+    assert counted[0] == pytest.approx(counted[1], rel=1e-3)
     plain = Engine.turn
 
     def slower(self: Engine, now: float) -> None:
@@ -98,7 +98,7 @@ def test_a_slower_plan_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         plain(self, now)
 
     monkeypatch.setattr(Engine, "turn", slower)
-    assert engine_load.decision_bytecodes(8, 1, num_steps=20) > counted[0]
+    assert engine_load.decision_bytecodes(8, 1, num_steps=20) > 1.03 * counted[0] > 0
 
 
 def figure(name: str, value: float, *, margin: float = 0.0, slack: float = 0.0) -> Figure:
