@@ -82,6 +82,8 @@ class ScriptedServer:
         return StreamingResponse(pieces, media_type="video/mp4" if is_raw else "text/event-stream")
 
     async def _pieces(self, script: Script, is_raw: bool) -> AsyncIterator[bytes]:
+        if self.num_free is not None and self.num_running >= self.num_free:
+            script = self.busy_script
         self.num_running += 1
         self.max_running = max(self.max_running, self.num_running)
         is_counted = True
@@ -164,8 +166,7 @@ class ScriptedServer:
             fields = await request.json()
         self.received.append((at_s, fields))
         self.headers.append(dict(request.headers))
-        is_busy = self.num_free is not None and self.num_running >= self.num_free
-        return self.busy_script if is_busy else self.script
+        return self.script
 
 
 def refusal(script: Script) -> Response:
