@@ -14,7 +14,7 @@ from tokenizers.models import Unigram
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 """Their ids are 0, 1 and 2."""
 
-_WORD_START = "▁"
+WORD_START = "▁"
 _WORDS = """
 a about above across after against air along an and animal apple around artist as at autumn background bad ball beach
 bear beautiful behind below beside between big bird black blue blurry boat body book bright brown building butterfly by
@@ -54,19 +54,24 @@ _WORD_SCORE, _PART_SCORE, _CHARACTER_SCORE = -6.0, -8.0, -10.0
 
 def write_tokenizer(folder: Path) -> int:
     """Writes tokenizer.json and tokenizer_config.json into `folder`; returns the number of ids."""
-    vocabulary = _vocabulary()
+    return write_unigram(folder, _vocabulary())
+
+
+def write_unigram(folder: Path, vocabulary: list[tuple[str, float]]) -> int:
+    """The same for tokens and their scores; `SPECIAL_TOKENS` come first."""
     tokenizer = Tokenizer(Unigram(vocabulary, unk_id=2, byte_fallback=False))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Metaspace(replacement=_WORD_START, prepend_scheme="always", split=True),
+            pre_tokenizers.Metaspace(replacement=WORD_START, prepend_scheme="always", split=True),
         ]
     )
-    tokenizer.decoder = decoders.Metaspace(replacement=_WORD_START, prepend_scheme="always", split=True)
+    tokenizer.decoder = decoders.Metaspace(replacement=WORD_START, prepend_scheme="always", split=True)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)]
     )
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     config = {
         "tokenizer_class": "T5Tokenizer",
@@ -82,9 +87,9 @@ def write_tokenizer(folder: Path) -> int:
 
 def _vocabulary() -> list[tuple[str, float]]:
     scores = dict.fromkeys(SPECIAL_TOKENS, 0.0)
-    scores[_WORD_START] = _PART_SCORE
+    scores[WORD_START] = _PART_SCORE
     for word in _WORDS.split():
-        scores[_WORD_START + word] = _WORD_SCORE
+        scores[WORD_START + word] = _WORD_SCORE
     for part in _PARTS.split():
         scores[part] = _PART_SCORE
     for first, last in _BLOCKS:

@@ -8,18 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from helios_serve.model_executor.history import HistoryTokens
+from benchmarks.step_trace import CONFIG, NOISY, sequence_at
 from helios_serve.model_executor.model_config import TransformerConfig
-from helios_serve.model_executor.packing import TextKV, TokenSequence
 from helios_serve.model_executor.spread import predict
 from helios_serve.model_executor.transformer import HeliosTransformer, Shortcuts
 from helios_serve.parallel.mesh import SOLO, Degrees, Mesh
 from tests.parallel.counted import counted_mesh, sent_by
 
-CONFIG = TransformerConfig()
-NUM_HISTORY, NUM_TEXT = 2400, 512
-NOISY = (540, 2160, 8640)
-"""Current tokens of 9 latent frames at 640x384, by stage."""
 PUBLISHED_MB = {
     (2, 2): (113.0, 113.0),
     (4, 2): (84.8, 169.6),
@@ -48,23 +43,6 @@ def transformer() -> HeliosTransformer:
 @pytest.fixture(scope="module")
 def shallow() -> HeliosTransformer:
     return transformer_of(FEW_LAYERS)
-
-
-def sequence_at(stage: int) -> TokenSequence:
-    """Shapes alone; the values mean nothing."""
-    with torch.device("meta"):
-        heads, head_dim = CONFIG.num_attention_heads, CONFIG.attention_head_dim
-        text = torch.empty(CONFIG.num_layers, NUM_TEXT, heads, head_dim, dtype=torch.bfloat16)
-        return TokenSequence(
-            history=HistoryTokens(
-                tokens=torch.empty(NUM_HISTORY, CONFIG.dim, dtype=torch.bfloat16),
-                rotary=torch.empty(NUM_HISTORY, 2, head_dim // 2),
-            ),
-            x=torch.empty(CONFIG.in_channels, 9, 12 << stage, 20 << stage, dtype=torch.bfloat16),
-            rotary=torch.empty(NOISY[stage], 2, head_dim // 2),
-            timestep=500.0,
-            text=TextKV(keys=text, values=text),
-        )
 
 
 @torch.inference_mode()

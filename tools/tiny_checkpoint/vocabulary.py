@@ -1,58 +1,31 @@
 """The tokenizer of the small checkpoint: one token a word, unknown words one token each.
 
-Knows the tokenizer's file format, which ids share an embedding, and how captions become ids. Knows
+Knows which ids share an embedding, and how captions become ids. Knows
 no model.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import Unigram
 from torch import Tensor
 from transformers import T5Tokenizer
 
+from helios_serve.model_executor.tiny_tokenizer import SPECIAL_TOKENS, WORD_START, write_unigram
 from tools.tiny_checkpoint.captions import PLAIN_WORDS, PUNCTUATION, SYNONYMS
 
-_SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
-_WORD_START = "▁"
 _UNKNOWN = 2
 
 
 def write_vocabulary(folder: Path) -> int:
     """Writes tokenizer.json and tokenizer_config.json into `folder`; returns the number of ids."""
-    entries = [*((token, 0.0) for token in _SPECIAL_TOKENS), (_WORD_START, -8.0)]
+    entries = [*((token, 0.0) for token in SPECIAL_TOKENS), (WORD_START, -8.0)]
     entries += [(token, -6.0) for token, _ in _words()]
-    tokenizer = Tokenizer(Unigram(entries, unk_id=_UNKNOWN, byte_fallback=False))
-    tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Metaspace(replacement=_WORD_START, prepend_scheme="always", split=True),
-        ]
-    )
-    tokenizer.decoder = decoders.Metaspace(replacement=_WORD_START, prepend_scheme="always", split=True)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)]
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    config = {
-        "tokenizer_class": "T5Tokenizer",
-        "pad_token": "<pad>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "extra_ids": 0,
-        "model_max_length": 512,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return len(entries)
+    return write_unigram(folder, entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +57,9 @@ class Vocabulary:
 def _canonical_ids() -> list[int]:
     """For each id the one whose embedding it has: synonyms and capitals have that of the plain word, and the bare
     start of a word that of an unknown one."""
-    first = len(_SPECIAL_TOKENS) + 1
+    first = len(SPECIAL_TOKENS) + 1
     place = {token: first + index for index, (token, _) in enumerate(_words())}
-    return [*range(len(_SPECIAL_TOKENS)), _UNKNOWN, *(place[plain] for _, plain in _words())]
+    return [*range(len(SPECIAL_TOKENS)), _UNKNOWN, *(place[plain] for _, plain in _words())]
 
 
 def _words() -> list[tuple[str, str]]:
@@ -95,5 +68,5 @@ def _words() -> list[tuple[str, str]]:
     for word in PLAIN_WORDS:
         for spelled in (word, *SYNONYMS.get(word, ())):
             for form in (spelled, spelled.capitalize(), spelled.upper()):
-                meaning.setdefault(_WORD_START + form, _WORD_START + word)
+                meaning.setdefault(WORD_START + form, WORD_START + word)
     return list(meaning.items())
