@@ -7,7 +7,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -132,6 +133,36 @@ class Cluster:
         return dict(zip((request.request_id for request in MIXED), results, strict=True))
 
 
+@asynccontextmanager
+async def started(
+    model: ModelConfig, config: ExecutorConfig, faults: FaultPlan, groups: tuple[str, ...]
+) -> AsyncIterator[Cluster]:
+    """The engine and its cluster, all groups up; closed afterwards."""
+    executor = RayExecutor(model, config, faults)
+    metrics = Metrics("tiny")
+    costs = cost_model(load_model(model).config, "cpu", is_shared=False)
+    cluster = Cluster(AsyncEngine(executor, costs, PATIENT, metrics), executor, metrics)
+    start = executor.start
+
+    def recording(emit: Callable[[ExecutorEvent], None]) -> None:
+        def both(event: ExecutorEvent) -> None:
+            cluster.events.append((time.monotonic(), event))
+            emit(event)
+
+        start(both)
+
+    executor.start = recording  # type: ignore[method-assign]
+    await cluster.engine.start()
+    try:
+        async with asyncio.timeout(500):
+            await cluster.engine.wait_ready()
+            for group in groups:
+                await cluster.back(group, 0.0)
+            yield cluster
+    finally:
+        await cluster.engine.close()
+
+
 def alone(path: Path) -> dict[str, list[bytes]]:
     helios = Helios(str(path), device="cpu", dtype="float32")
     return {
@@ -192,30 +223,8 @@ def test_whoever_dies_the_videos_are_the_same(tiny_distilled: Path, capsys: pyte
         assert redone <= (1 if group.startswith("dit") else 0)
 
     async def run() -> None:
-        executor = RayExecutor(model, CLUSTER, SLOW)
-        metrics = Metrics("tiny")
-        config = load_model(model).config
-        engine = AsyncEngine(executor, cost_model(config, "cpu", is_shared=False), PATIENT, metrics)
-        cluster = Cluster(engine, executor, metrics)
-        start = executor.start
-
-        def recording(emit: Callable[[ExecutorEvent], None]) -> None:
-            def both(event: ExecutorEvent) -> None:
-                cluster.events.append((time.monotonic(), event))
-                emit(event)
-
-            start(both)
-
-        executor.start = recording  # type: ignore[method-assign]
-        await engine.start()
-        try:
-            async with asyncio.timeout(300):
-                await engine.wait_ready()
-                for group in ("dit-0", "dit-1", "vae-0", "vae-1", "encoder-0"):
-                    await cluster.back(group, 0.0)
-                await test(cluster)
-        finally:
-            await engine.close()
+        async with started(model, CLUSTER, SLOW, ("dit-0", "dit-1", "vae-0", "vae-1", "encoder-0")) as cluster:
+            await test(cluster)
 
     asyncio.run(run())
     with capsys.disabled():

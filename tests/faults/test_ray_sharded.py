@@ -8,8 +8,6 @@ import io
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,19 +17,14 @@ import numpy.typing as npt
 import pytest
 
 from helios_serve.config import ModelConfig
-from helios_serve.engine.async_engine import AsyncEngine
 from helios_serve.faults import Fault, FaultPlan
-from helios_serve.model_executor.model import load_model
 from helios_serve.offline import Helios
-from helios_serve.server import cost_model
-from helios_serve.telemetry import Metrics
-from helios_serve.types import Event, ExecutorEvent, GroupLost, GroupUp, Progress, StepDone, TaskDone
+from helios_serve.types import Event, GroupLost, GroupUp, Progress, StepDone, TaskDone
 from helios_serve.workers.processes import descendants
 
 pytest.importorskip("ray", reason="the package ray is missing")
 
-from helios_serve.workers.ray_executor import RayExecutor
-from tests.faults.test_ray_engine import CLUSTER, MIXED, PATIENT, Cluster, patience
+from tests.faults.test_ray_engine import CLUSTER, MIXED, Cluster, patience, started
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(600)]
 
@@ -43,35 +36,6 @@ MAX_PIXEL_DIFFERENCE = 2
 """Of 255, after compression, where latents may differ by rounding."""
 
 Videos = dict[str, list[bytes]]
-
-
-@asynccontextmanager
-async def started(model: ModelConfig) -> AsyncIterator[Cluster]:
-    """The engine and its cluster, all groups up; nothing is left of it afterwards."""
-    executor = RayExecutor(model, SHARED, SLOW)
-    metrics = Metrics("tiny")
-    config = load_model(model).config
-    engine = AsyncEngine(executor, cost_model(config, "cpu", is_shared=False), PATIENT, metrics)
-    cluster = Cluster(engine, executor, metrics)
-    start = executor.start
-
-    def recording(emit: Callable[[ExecutorEvent], None]) -> None:
-        def both(event: ExecutorEvent) -> None:
-            cluster.events.append((time.monotonic(), event))
-            emit(event)
-
-        start(both)
-
-    executor.start = recording  # type: ignore[method-assign]
-    await engine.start()
-    try:
-        async with asyncio.timeout(500):
-            await engine.wait_ready()
-            for group in GROUPS:
-                await cluster.back(group, 0.0)
-            yield cluster
-    finally:
-        await engine.close()
 
 
 async def strike(cluster: Cluster, group: str, rank: int, expected: Videos) -> str:
@@ -108,7 +72,7 @@ def test_a_rank_that_dies_costs_one_chunk(tiny_distilled: Path, capsys: pytest.C
     before = descendants(os.getpid())
 
     async def run() -> Videos:
-        async with started(ModelConfig(model=str(tiny_distilled))) as cluster:
+        async with started(ModelConfig(model=str(tiny_distilled)), SHARED, SLOW, GROUPS) as cluster:
             goldens = {event.golden for _, event in cluster.events if isinstance(event, GroupUp)} - {None}
             assert len(goldens) == 1
             calm = await cluster.run("calm-")
