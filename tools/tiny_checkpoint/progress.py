@@ -67,6 +67,12 @@ def options(purpose: str) -> Options:
     return Options(preset=PRESETS[told.preset], run=run)
 
 
+def reduced_precision(device: torch.device) -> torch.autocast:
+    """Matrix products and convolutions in bfloat16, where the device computes with it."""
+    computes = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else True
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes)
+
+
 class Stateful(Protocol):
     """What can be saved and restored, as modules and optimisers can."""
 

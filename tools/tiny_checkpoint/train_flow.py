@@ -25,7 +25,7 @@ from tools.tiny_checkpoint.captions import VALUES
 from tools.tiny_checkpoint.latents import ClipStore, load_clips
 from tools.tiny_checkpoint.plans import Plan, Planner
 from tools.tiny_checkpoint.presets import FlowTraining, text_encoder_json, transformer_json
-from tools.tiny_checkpoint.progress import Average, Progress, Run, options
+from tools.tiny_checkpoint.progress import Average, Progress, Run, options, reduced_precision
 from tools.tiny_checkpoint.stages import (
     NUM_STAGES,
     StageBatch,
@@ -119,7 +119,7 @@ class Lesson:
         return batch.x - sigma.view(-1, 1, 1, 1, 1) * self._flow(batch.x, timestep, text).float()
 
     def _flow(self, x: Tensor, timestep: Tensor, text: TextBatch) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        with reduced_precision(x.device):
             return batched_flow(self._transformer, x, timestep, self._past, text)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from helios_serve.model_executor.vae import VaeConfig, WanVAE, sample_posterior
 from helios_serve.model_executor.vae_layers import AttentionBlock, ResidualBlock, Slab
 from tools.tiny_checkpoint.presets import VaeTraining
-from tools.tiny_checkpoint.progress import Average, Progress, Run, options
+from tools.tiny_checkpoint.progress import Average, Progress, Run, options, reduced_precision
 from tools.tiny_checkpoint.render import Canvas, render
 from tools.tiny_checkpoint.world import HEIGHT, MAX_THINGS, SIZES, WIDTH, draw_scene
 
@@ -47,7 +47,8 @@ def train_vae(training: VaeTraining, run: Run) -> None:
             group["lr"] = training.learning_rate * _pace(step, progress.share)
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
         frames = frame_batch(training, step, random.Random(f"{run.seed} {step}"), run.device)
-        losses = vae_losses(vae, frames, generator)
+        with reduced_precision(run.device):
+            losses = vae_losses(vae, frames, generator)
         loss = losses["l1"] + losses["l2"] + _KL_WEIGHT * losses["kl"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -97,14 +98,14 @@ def vae_losses(vae: WanVAE, frames: Tensor, generator: torch.Generator) -> dict[
     """Mean absolute and squared errors of the reconstruction, and the mean KL divergence of a latent in nats."""
     mean, logvar = posterior(vae, frames)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    decoded = decode(vae, sample_posterior(mean, logvar, noise))
+    decoded = decode(vae, sample_posterior(mean, logvar, noise)).float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return {"l1": F.l1_loss(decoded, frames), "l2": F.mse_loss(decoded, frames), "kl": kl}
 
 
 def posterior(vae: WanVAE, frames: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and logvar as `WanVAE.encode` computes them, with gradients."""
-    mean, logvar = vae.quant_conv(vae.encoder(frames, _whole_clip())).chunk(2, dim=1)
+    mean, logvar = vae.quant_conv(vae.encoder(frames, _whole_clip())).float().chunk(2, dim=1)
     return mean, logvar.clamp(-12, 10)
 
 
