@@ -147,9 +147,15 @@ class SamplingParams:
         factor = 2 if self.amplify_first_chunk and chunk == self.start_of(chunk) else 1
         return tuple(factor * n for n in self.steps)
 
+    def steps_from(self, first: int) -> int:
+        """Steps of chunk `first` and all after it."""
+        num_left, starts = max(0, self.num_chunks - first), {0, *(restart.chunk for restart in self.restarts)}
+        num_doubled = sum(first <= chunk < self.num_chunks for chunk in starts) if self.amplify_first_chunk else 0
+        return sum(self.steps) * (num_left + num_doubled)
+
     @property
     def total_steps(self) -> int:
-        return sum(sum(self.steps_in(chunk)) for chunk in range(self.num_chunks))
+        return self.steps_from(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios_serve.types import Frames, PromptChange, SamplingParams, StepCursor, VideoRequest
+from helios_serve.types import Frames, PromptChange, Restart, SamplingParams, StepCursor, VideoRequest
 
 PARAMS = SamplingParams(
     width=64, height=64, num_frames=33, fps=24, seed=0, steps=(2, 1, 3), guidance_scale=1.0, amplify_first_chunk=False
@@ -80,6 +80,10 @@ def test_an_amplified_first_chunk_takes_twice_the_steps() -> None:
     params = with_(num_frames=99, amplify_first_chunk=True)
     assert [params.steps_in(chunk) for chunk in range(3)] == [(4, 2, 6), (2, 1, 3), (2, 1, 3)]
     assert params.total_steps == 24
+    assert [params.steps_from(chunk) for chunk in range(4)] == [24, 12, 6, 0]
+    begun_anew = with_(num_frames=99, amplify_first_chunk=True, restarts=(Restart(chunk=1, seed=1),))
+    for first in range(3):
+        assert begun_anew.steps_from(first) == sum(sum(begun_anew.steps_in(chunk)) for chunk in range(first, 3))
     assert with_(num_frames=99).total_steps == 18
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pybase64 import b64encode
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -25,7 +25,7 @@ from helios_serve.api.jobs import Created, Job, StoredVideo, generation_object, 
 from helios_serve.api.pages import error_answers
 from helios_serve.api.routes import GENERATIONS, VIDEOS, Desk, poll_headers
 from helios_serve.api.service import Attachment
-from helios_serve.api.streaming import STREAM_HEADERS, ServerSentEvents, fmp4
+from helios_serve.api.streaming import KEEP_ALIVE_S, STREAM_HEADERS, ServerSentEvents, fmp4
 from helios_serve.errors import InvalidRequestError, UnsupportedOperationError
 
 SYNC = "/v1/videos/sync"
@@ -144,11 +144,11 @@ class _Routes:
     ) -> Response:
         """Events, or live fMP4; a client that leaves cancels the job, unless it asked for `detach`."""
         job = created.job
-        events = self._service.watch(caller, job.id)
         if as_mp4:
-            body, media_type = fmp4(events), "video/mp4"
+            body, media_type = fmp4(self._service.watch(caller, job.id, with_steps=False)), "video/mp4"
         else:
             fps = self._service.generated_fps(job.request.params)
+            events = self._service.watch_or_pause(caller, job.id, pause_s=KEEP_ALIVE_S)
             body = ServerSentEvents(job, fps, self._desk.links(request)).stream(events, None)
             media_type = "text/event-stream"
         if not parsed.detach:
@@ -222,7 +222,7 @@ class _Routes:
             url = self._desk.links(request)(job).content
             return schemas.GenerationItem(url=url, b64_json=None, revised_prompt=None)
         data = b"".join([piece async for piece in self._service.read(video)])
-        text = await asyncio.to_thread(lambda: base64.b64encode(data).decode())
+        text = await asyncio.to_thread(lambda: b64encode(data).decode())
         return schemas.GenerationItem(url=None, b64_json=text, revised_prompt=None)
 
 

@@ -101,7 +101,7 @@ async def _segment(service: VideoService, caller: Caller, video_id: str, index: 
 
 async def _segment_or_end(service: VideoService, caller: Caller, video_id: str, index: int) -> JobSegment | None:
     """Segment `index` as soon as it is there; None when the job ends without it."""
-    async with aclosing(service.watch(caller, video_id, index)) as events:
+    async with aclosing(service.watch(caller, video_id, index, with_steps=False)) as events:
         async for event in events:
             if isinstance(event, JobSegment):
                 return event

@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from helios_serve.api.engine_protocol import Engine
-from helios_serve.api.job_keeping import FencedError, JobKeeper, patiently
+from helios_serve.api.job_keeping import FencedError, JobKeeper, Publish, patiently
 from helios_serve.api.job_restoring import JobRestorer
 from helios_serve.api.job_spec import read_spec
 from helios_serve.api.live_job import LiveJob
@@ -78,6 +78,7 @@ class JobRunner:
 
     Args:
         finish: called with a job's id and tenant when its last segment is durable.
+        publish: called with each segment that is durable, and how its job stands then.
     """
 
     def __init__(
@@ -85,12 +86,13 @@ class JobRunner:
         stores: Stores,
         engine: Engine,
         finish: Callable[[str, str], Coroutine[None, None, None]],
+        publish: Publish,
         config: RunnerConfig,
         metrics: Metrics,
     ) -> None:
         self._stores = stores
         self._engine = engine
-        self._keeper = JobKeeper(stores, engine, metrics)
+        self._keeper = JobKeeper(stores, engine, publish, metrics)
         self._restorer = JobRestorer(stores, engine)
         self._finish = finish
         self._config = config
@@ -323,7 +325,7 @@ class JobRunner:
                 live.phase, live.cursor = "denoise", event.cursor
                 live.steps_done += 1
                 live.stats.device_ms += event.device_ms
-                live.changed()
+                live.stepped()
             case ChunkStarted():
                 await self._on_started(event, live)
             case Prepared():

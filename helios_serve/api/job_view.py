@@ -18,7 +18,7 @@ from helios_serve.errors import CapacityError, ConflictError, GenerationError, H
 from helios_serve.store import records
 from helios_serve.store.connect import Stores
 from helios_serve.store.errors import BlobMissingError, DataLossError
-from helios_serve.types import FRAMES_PER_CHUNK, VideoRequest
+from helios_serve.types import FRAMES_PER_CHUNK, Segment, VideoRequest
 
 NUM_KEPT_INITS = 256
 MAX_SHARED_BYTES = 64 << 20
@@ -70,7 +70,7 @@ class JobViews:
             tenant,
             job_id,
             lambda: self._stores.chunks.standing(tenant, job_id),
-            mark=None if live is None else (live.lease.epoch, live.num_published, live.has_started),
+            mark=None if live is None else _mark(live),
             max_age_s=AWAY_AGE_S if live is None else LIVE_AGE_S,
         )
 
@@ -125,6 +125,14 @@ class JobViews:
         self._shown.forget(tenant, job_id)
         self._segments.forget(job_id)
 
+    def publish(self, live: LiveJob, segment: Segment, standing: records.Standing) -> None:
+        """A segment of a job that runs here is durable: whoever watches is shown it without asking the store."""
+        row = standing.job
+        self._standings.put(row.tenant, row.id, standing, mark=_mark(live))
+        made_ms = live.stats.generated_ms
+        shown = _shown(live.request, segment.chunk, segment.init, segment.media, segment.num_frames, made_ms)
+        self._segments.add(row.id, shown)
+
     # Bytes.
 
     async def segment(self, row: records.Job, chunk: records.Chunk) -> JobSegment:
@@ -142,18 +150,8 @@ class JobViews:
         except BlobMissingError as error:
             await self._stores.leases.lose_data(row.id, f"video {row.id}: segment {chunk.idx} is damaged")
             raise DataLossError(f"video {row.id}: segment {chunk.idx} is damaged") from error
-        return JobSegment(
-            index=chunk.idx,
-            init=init,
-            media=media,
-            start_frame=FRAMES_PER_CHUNK * chunk.idx,
-            num_frames=chunk.seg_frames,
-            fps=request.params.fps,
-            prompt=request.prompt_at(chunk.idx),
-            prompt_weight=request.prompt_weight(chunk.idx),
-            is_last=chunk.idx + 1 == row.num_chunks,
-            generated_ms=round(stats.generated_ms or 0),
-        )
+        segment = _shown(request, chunk.idx, init, media, chunk.seg_frames, stats.generated_ms)
+        return replace(segment, is_last=chunk.idx + 1 == row.num_chunks)
 
     async def _request(self, row: records.Job, spec: JobSpec) -> VideoRequest:
         live = self._runner.live(row.id)
@@ -177,7 +175,7 @@ class JobViews:
 
     async def _view(self, standing: records.Standing) -> Job:
         row, live = standing.job, self._runner.live(standing.job.id)
-        spec = read_spec(row)
+        spec = read_spec(row) if live is None else live.spec
         request = spec.request(row)
         state: State = "expired" if row.is_expired and row.state == "finished" else _STATES[row.state]
         num_chunks = request.params.num_chunks if row.num_chunks is None else row.num_chunks
@@ -219,6 +217,29 @@ class JobViews:
 def _continued(spec: JobSpec) -> range | None:
     first = spec.num_left_out
     return range(first, first + FRAMES_PER_CHUNK * spec.num_given) if spec.num_given else None
+
+
+def _mark(live: LiveJob) -> object:
+    """What this process knows of a job beyond the store: an answer of the store under another mark is old."""
+    return live.lease.epoch, live.num_published, live.has_started
+
+
+def _shown(
+    request: VideoRequest, index: int, init: bytes, media: bytes, num_frames: int, generated_ms: float | None
+) -> JobSegment:
+    """A segment for viewers; whether it is the last one is not said."""
+    return JobSegment(
+        index=index,
+        init=init,
+        media=media,
+        start_frame=FRAMES_PER_CHUNK * index,
+        num_frames=num_frames,
+        fps=request.params.fps,
+        prompt=request.prompt_at(index),
+        prompt_weight=request.prompt_weight(index),
+        is_last=False,
+        generated_ms=round(generated_ms or 0),
+    )
 
 
 def _progress(state: State, standing: records.Standing, num_chunks: int, live: LiveJob | None) -> int:

@@ -72,6 +72,7 @@ class LiveJob:
     applied: list[AppliedControl] = field(default_factory=list)
     started_mono_s: float | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _stepped: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def id(self) -> str:
@@ -84,8 +85,7 @@ class LiveJob:
     @property
     def total_steps(self) -> int:
         """Steps of this run, which may have begun at a later chunk."""
-        params = self.request.params
-        return sum(sum(params.steps_in(chunk)) for chunk in range(self.first_chunk, params.num_chunks))
+        return self.request.params.steps_from(self.first_chunk)
 
     def eta_s(self, now: float) -> float | None:
         """Seconds until the end at the pace so far; None before the first step and for sessions without an end."""
@@ -102,7 +102,13 @@ class LiveJob:
         """Wakes whoever watches the job."""
         self._changed.set()
         self._changed = asyncio.Event()
+        self.stepped()
 
-    def next_change(self) -> asyncio.Event:
-        """Set by the next change; taken before one looks, it misses none."""
-        return self._changed
+    def stepped(self) -> None:
+        """Wakes those who follow its steps."""
+        self._stepped.set()
+        self._stepped = asyncio.Event()
+
+    def next_change(self, *, with_steps: bool = True) -> asyncio.Event:
+        """Set by the next change, of which a step is one only `with_steps`; taken before one looks, it misses none."""
+        return self._stepped if with_steps else self._changed

@@ -7,7 +7,6 @@ Knows no protocol, no model and no codec: the engine makes segments, the muxer j
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,6 @@ from helios_serve.api.intake import (
     InputSegments,
     Intake,
     IntakeConfig,
-    draining,
 )
 from helios_serve.api.job_runner import JobRunner, RunnerConfig
 from helios_serve.api.job_spec import read_spec
@@ -30,7 +28,6 @@ from helios_serve.api.job_view import JobViews
 from helios_serve.api.jobs import (
     Created,
     Job,
-    JobEnded,
     JobEvent,
     JobSegment,
     Origin,
@@ -38,18 +35,15 @@ from helios_serve.api.jobs import (
     StoredVideo,
 )
 from helios_serve.api.limits import Limiter
-from helios_serve.api.live_job import LiveJob
 from helios_serve.api.session import Hold, Session, SessionConfig, SessionDesk
 from helios_serve.api.video_files import Muxer, Pixels, Still, Stills, VideoFiles
+from helios_serve.api.watching import JobWatch
 from helios_serve.errors import ConflictError, InvalidRequestError
 from helios_serve.store import records
 from helios_serve.store.connect import Stores
 from helios_serve.store.paging import PageRequest
 from helios_serve.telemetry import Metrics
 from helios_serve.types import ModelInfo, SamplingParams
-
-POLL_S = (0.1, 0.25)
-"""How long a watcher waits, at least and at most, before it looks at a job that another process runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +93,11 @@ class VideoService:
         self._metrics = metrics
         self._engine = engine
         self._config = config
-        self._runner = JobRunner(stores, engine, self._finish, config.runner, metrics)
+        self._runner = JobRunner(
+            stores, engine, self._finish, lambda *news: self._views.publish(*news), config.runner, metrics
+        )
         self._views = JobViews(stores, self._runner)
+        self._watch = JobWatch(self._runner, self._views)
         start_in_s, name = engine.start_in_s, model.name
         taking = IntakeConfig(model=name, ttl_s=config.ttl_s, start_in_s=start_in_s, input_segments=input_segments)
         self._intake = Intake(stores, engine, self._runner, self._views, taking, limiter)
@@ -122,7 +119,7 @@ class VideoService:
 
     def refuse(self) -> None:
         """Takes no new jobs."""
-        self._is_closing = self._intake.is_closed = True
+        self._is_closing = self._intake.is_closed = self._watch.is_closing = True
 
     async def close(self) -> None:
         """Gives back what runs, as it stands, and ends all waiting; nothing is lost."""
@@ -202,50 +199,23 @@ class VideoService:
 
         Raises: NotFoundError, also when it is deleted meanwhile; CapacityError when the server ends first.
         """
-        job = await self.get(caller, video_id)
-        while not job.has_ended:
-            live = self._runner.live(video_id)
-            self._check_open(live)
-            if live is None:
-                await asyncio.sleep(random.uniform(*POLL_S))
-            while live is not None and not live.has_ended:
-                await live.next_change().wait()
-            job = await self._views.get_shared(caller.tenant, video_id)
-        return job
+        return await self._watch.end(caller.tenant, video_id)
 
-    async def watch(self, caller: Caller, video_id: str, start: int = 0) -> AsyncGenerator[JobEvent, None]:
-        """A job from segment `start` on, to its end; several may watch, and none of them holds the job up.
+    def watch(
+        self, caller: Caller, video_id: str, start: int = 0, *, with_steps: bool = True
+    ) -> AsyncGenerator[JobEvent, None]:
+        """A job from segment `start` on, to its end; several may watch, and none of them holds the job up. Without
+        steps there are only its segments and its end.
 
         Raises: NotFoundError, also when it is deleted meanwhile; CapacityError when the server ends first.
         """
-        following, shown = start, None
-        while True:
-            live = self._runner.live(video_id)
-            change = None if live is None else live.next_change()
-            standing = await self._views.standing(caller.tenant, video_id)
-            if following < standing.num_published:
-                yield await self._views.published(standing, following)
-                following += 1
-                continue
-            if standing.job.state in _ENDED_STATES:
-                yield JobEnded(job=await self._views.ended(standing))
-                return
-            self._check_open(live)
-            news = await self._views.progress(standing)
-            play = None if live is None else live.play_state
-            mark = (news.cursor, news.phase, news.job.state, news.job.queue_position, play)
-            if mark != shown:
-                shown = mark
-                yield news
-            if change is None:
-                await asyncio.sleep(random.uniform(*POLL_S))
-            else:
-                await change.wait()
+        return self._watch.events(caller.tenant, video_id, start, with_steps=with_steps)
 
-    def _check_open(self, live: LiveJob | None) -> None:
-        """Raises CapacityError when nothing more will happen to a job in this process, because it ends."""
-        if self._is_closing and (live is None or live.has_ended):
-            raise draining()
+    def watch_or_pause(
+        self, caller: Caller, video_id: str, start: int = 0, *, pause_s: float
+    ) -> AsyncGenerator[JobEvent | None, None]:
+        """`watch`, and None whenever nothing has happened for `pause_s`."""
+        return self._watch.events_or_pauses(caller.tenant, video_id, start, pause_s=pause_s)
 
     @asynccontextmanager
     async def attach(self, video_id: str) -> AsyncIterator[Attachment]:
@@ -275,7 +245,7 @@ class VideoService:
 
     async def _cancel(self, tenant: str, video_id: str) -> None:
         before = await self._stores.jobs.get(tenant, video_id)
-        if before.state not in _ENDED_STATES:
+        if before.state not in records.ENDED:
             await self._stores.jobs.cancel(tenant, video_id)
             self._views.forget(tenant, video_id)
             await self._runner.ended(video_id)
@@ -359,7 +329,7 @@ class VideoService:
         hold = self.limiter.session(caller)
         hold.__enter__()
         try:
-            if row.state not in _ENDED_STATES and self._runner.live(video_id) is None:
+            if row.state not in records.ENDED and self._runner.live(video_id) is None:
                 await self._take_over(caller.tenant, video_id)
             job = await self.get(caller, video_id)
             self._engine.reserve(video_id)
@@ -388,7 +358,6 @@ class VideoService:
         return max(1, min(caller.limits.max_frames_per_job, int(caller.limits.max_session_seconds * fps)))
 
 
-_ENDED_STATES = records.ENDED
 _ROW_STATES: dict[str, tuple[records.State, ...]] = {
     "queued": ("queued",),
     "in_progress": ("running", "paused"),

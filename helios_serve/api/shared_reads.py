@@ -73,6 +73,10 @@ class Recent(Generic[V]):
             found = await self._read(key, mark, read)
         return found.value
 
+    def put(self, tenant: str, job_id: str, value: V, *, mark: object) -> None:
+        """An answer that somebody else read just now."""
+        self._keep((tenant, job_id), _Dated(value=value, mark=mark, begun_at=time.monotonic()))
+
     def forget(self, tenant: str, job_id: str) -> None:
         """The job's row has changed."""
         self._kept.pop((tenant, job_id), None)
@@ -81,11 +85,14 @@ class Recent(Generic[V]):
     async def _read(self, key: tuple[str, str], mark: object, read: Read[V]) -> _Dated[V]:
         begun_at = time.monotonic()
         found = _Dated(value=await read(), mark=mark, begun_at=begun_at)
+        self._keep(key, found)
+        return found
+
+    def _keep(self, key: tuple[str, str], found: _Dated[V]) -> None:
         self._kept[key] = found
         self._kept.move_to_end(key)
         if len(self._kept) > MAX_RECENT:
             self._kept.popitem(last=False)
-        return found
 
 
 class SegmentCache:

@@ -7,12 +7,12 @@ all viewers share, is one piece.
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
+
+from pybase64 import b64encode
 
 from helios_serve.api.jobs import (
     Job,
@@ -30,7 +30,7 @@ from helios_serve.errors import CapacityError, HeliosError
 from helios_serve.types import FRAMES_PER_CHUNK
 
 KEEP_ALIVE_S = 15.0
-PIECE_BYTES = 48 << 10
+PIECE_BYTES = 96 << 10
 """Of video that are given to a connection at once; a multiple of three, which base64 joins without a seam."""
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no", "accept-ranges": "none"}
 
@@ -70,45 +70,31 @@ class ServerSentEvents:
         self._generated_fps = generated_fps
         self._links = links
 
-    async def stream(self, events: AsyncGenerator[JobEvent, None], last_id: int | None) -> AsyncIterator[bytes]:
-        """Everything after `last_id`, with a comment now and then so that proxies keep the connection."""
+    async def stream(self, events: AsyncGenerator[JobEvent | None, None], last_id: int | None) -> AsyncIterator[bytes]:
+        """Everything after `last_id`, with a comment for each pause so that proxies keep the connection."""
         job = self._job
         if last_id is None:
             yield self._event("video_generation.created", self._created(), 0)
         async with aclosing(events):
-            following = asyncio.ensure_future(anext(events, None))
             try:
-                while True:
-                    done, _ = await asyncio.wait({following}, timeout=KEEP_ALIVE_S)
-                    if not done:
-                        yield b": ka\n\n"
-                        continue
-                    try:
-                        event = following.result()
-                    except CapacityError:  # the server ends: the client comes back with the last id that it saw
-                        yield b"retry: 500\n\n"
-                        return
-                    except HeliosError as error:  # deleted under the viewer's eyes
-                        yield _error(error)
-                        return
+                async for event in events:
                     if event is None:
-                        return
-                    if isinstance(event, JobSegment):
+                        yield b": ka\n\n"
+                    elif isinstance(event, JobSegment):
                         if job.with_segments:
                             for piece in self._partial(event):
                                 yield piece
                     elif isinstance(event, JobProgress):
                         yield self._event(*_progress(event))
                     elif event.job.error is None:
-                        yield self._event(
-                            "video_generation.completed", self._completed(event.job), event.job.num_chunks + 1
-                        )
+                        number = event.job.num_chunks + 1
+                        yield self._event("video_generation.completed", self._completed(event.job), number)
                     else:
                         yield _error(event.job.error)
-                    following = asyncio.ensure_future(anext(events, None))
-            finally:
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
+            except CapacityError:  # the server ends: the client comes back with the last id that it saw
+                yield b"retry: 500\n\n"
+            except HeliosError as error:  # deleted under the viewer's eyes
+                yield _error(error)
 
     def _created(self) -> dict[str, Any]:
         job, params = self._job, self._job.request.params
@@ -133,11 +119,13 @@ class ServerSentEvents:
         """A segment's event, its base64 made as it is sent: it needs no escape in JSON."""
         event = self._event("video_generation.partial_video", _partial(segment), segment.index + 1)
         head, field, tail = event.partition(b'"b64_json":"')
-        yield head + field
+        begin = head + field
         data = segment.media if segment.index > 0 else segment.init + segment.media
-        for piece in _pieces(data):
-            yield base64.b64encode(piece)
-        yield tail
+        *others, last = _pieces(data)
+        for piece in others:
+            yield begin + b64encode(piece)
+            begin = b""
+        yield begin + b64encode(last) + tail
 
     def _event(self, kind: str, data: Mapping[str, Any], number: int | None = None) -> bytes:
         return _sse(kind, {"type": kind, "id": self._job.id, **data}, number)

@@ -14,7 +14,7 @@ from helios_serve.api.jobs import video_object
 from helios_serve.api.names import shown
 from helios_serve.api.pages import add_get, error_answers
 from helios_serve.api.routes import VIDEOS, Desk
-from helios_serve.api.streaming import STREAM_HEADERS, ServerSentEvents, fmp4
+from helios_serve.api.streaming import KEEP_ALIVE_S, STREAM_HEADERS, ServerSentEvents, fmp4
 from helios_serve.api.video_files import STILL_TYPES, VideoExpiredError
 from helios_serve.errors import InvalidRequestError
 
@@ -93,7 +93,9 @@ class _Routes:
         last_id = last_event_id(request)
         fps = self._service.generated_fps(job.request.params)
         viewer = ServerSentEvents(job, fps, self._desk.links(request))
-        body = viewer.stream(self._service.watch(caller, video_id, last_id or 0), last_id)
+        body = viewer.stream(
+            self._service.watch_or_pause(caller, video_id, last_id or 0, pause_s=KEEP_ALIVE_S), last_id
+        )
         return StreamingResponse(body, headers=_STREAM_HEADERS, media_type="text/event-stream")
 
     async def stream(self, request: Request, video_id: str, from_segment: int = 0) -> Response:
@@ -106,7 +108,7 @@ class _Routes:
             raise InvalidRequestError(
                 f"from_segment {from_segment}: the video has {job.num_chunks} segments, from 0", param="from_segment"
             )
-        body = fmp4(self._service.watch(caller, video_id, from_segment))
+        body = fmp4(self._service.watch(caller, video_id, from_segment, with_steps=False))
         return StreamingResponse(body, headers=_STREAM_HEADERS, media_type="video/mp4")
 
     async def content(self, request: Request, video_id: str, variant: str = "video") -> Response:

@@ -180,12 +180,12 @@ class AsyncEngine:
             del self._queues[request.request_id]
             self._engine.cancel(request.request_id, time.monotonic())
 
-    async def read(self, ref: TensorRef) -> bytes:
-        """The record of latents or of a starting history, to be kept.
+    def read(self, ref: TensorRef) -> bytes:
+        """The record of latents or of a starting history, to be kept. Blocks: for threads.
 
         Raises: KeyError when the reference was dropped.
         """
-        return await asyncio.to_thread(self._executor.read, ref)
+        return self._executor.read(ref)
 
     async def put(self, name: str, record: bytes) -> TensorRef:
         """Latents from their record.

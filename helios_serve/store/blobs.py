@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -89,6 +89,16 @@ class BlobStore:
         Raises: StorageFullError, StorageUnavailableError: nothing is acknowledged, try again later.
         """
         return await self._run(self._put, data)
+
+    async def put_then(self, make: Callable[[], bytes], then: Callable[[BlobRef], Future[T]]) -> T:
+        """Stores what `make` returns, and gives what the work gives that `then` begins with the durable blob. Both are
+        called in a thread, and the event loop is woken once, at the end.
+
+        Raises: as `put`; whatever `make`, `then` and its work raise.
+        """
+        answer: Future[T] = Future()
+        self._threads.submit(self._put_then, make, then, answer)
+        return await asyncio.wrap_future(answer)
 
     async def put_file(self, path: Path) -> BlobRef:
         """Stores a file of `staging_file`, and removes it there. Raises: as `put`."""
@@ -172,16 +182,19 @@ class BlobStore:
         self._threads.shutdown()
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        def call() -> T:
-            try:
-                return work(*args, **kwargs)
-            except Exception as error:
-                answer = storage_error(error)
-                if answer is None:
-                    raise
-                raise answer from error
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: _translated(work, *args, **kwargs)
+        )
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+    def _put_then(self, make: Callable[[], bytes], then: Callable[[BlobRef], Future[T]], answer: Future[T]) -> None:
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            begun = then(_translated(self._put, make()))
+        except BaseException as error:
+            answer.set_exception(error)
+        else:
+            begun.add_done_callback(lambda done: _hand_over(done, answer))
 
     def _put(self, data: bytes) -> BlobRef:
         key = key_of(data)
@@ -385,6 +398,25 @@ def local_blobs(path: Path, *, faults: FaultPlan = NO_FAULTS) -> BlobStore:
     """Blobs in a directory."""
     path.mkdir(parents=True, exist_ok=True)
     return BlobStore(LocalStore(path), local=path, staging=path / "staging", faults=faults)
+
+
+def _translated(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Its result, with errors of obstore and of the system turned into those of the API."""
+    try:
+        return work(*args, **kwargs)
+    except Exception as error:
+        answer = storage_error(error)
+        if answer is None:
+            raise
+        raise answer from error
+
+
+def _hand_over(done: Future[T], answer: Future[T]) -> None:
+    error = done.exception()
+    if error is None:
+        answer.set_result(done.result())
+    else:
+        answer.set_exception(error)
 
 
 def _key(digest: str) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import sqlalchemy as sa
 
+from helios_serve.store.blobs import BlobStore
 from helios_serve.store.database import Database, fields_of
 from helios_serve.store.ending import end_job
 from helios_serve.store.errors import DataLossError
@@ -21,6 +23,7 @@ from helios_serve.store.jobs import job_record, num_undecoded, owned_row
 from helios_serve.store.leases import Leases, fence
 from helios_serve.store.records import (
     RUNNABLE,
+    BlobRef,
     Chunk,
     Committed,
     Control,
@@ -44,15 +47,29 @@ PAGE_CHUNKS = 64
 class Chunks:
     """One for each process. Commits prolong the job's lease."""
 
-    def __init__(self, database: Database, leases: Leases) -> None:
+    def __init__(self, database: Database, leases: Leases, blobs: BlobStore) -> None:
         self._db = database
         self._leases = leases
+        self._blobs = blobs
         self._readers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
     async def commit_latents(self, lease: Lease, commit: LatentsCommit) -> bool:
         """The DiT half of the next chunk; applies the controls up to `ctl_seq`. False: fenced, drop the result."""
+        return await self._latents_committed(lease, asyncio.wrap_future(self._begin_latents(lease, commit)))
+
+    async def keep_latents(
+        self, lease: Lease, make: Callable[[], bytes], commit: Callable[[BlobRef], LatentsCommit]
+    ) -> bool:
+        """Puts the blob that `make` returns, in a thread, and commits it. Raises: as `BlobStore.put_then`."""
+        kept = self._blobs.put_then(make, lambda blob: self._begin_latents(lease, commit(blob)))
+        return await self._latents_committed(lease, kept)
+
+    def _begin_latents(self, lease: Lease, commit: LatentsCommit) -> Future[bool]:
+        return self._db.begin_write(_commit_latents, lease, commit, self._leases.lease_s)
+
+    async def _latents_committed(self, lease: Lease, committing: Awaitable[bool]) -> bool:
         sent_at = self._leases.now()
-        is_committed = await self._db.write(_commit_latents, lease, commit, self._leases.lease_s)
+        is_committed = await committing
         if is_committed:
             self._leases.renewed(lease, sent_at)
         return is_committed
@@ -63,8 +80,21 @@ class Chunks:
 
         Raises: DataLossError when the initialisation segment differs from the job's.
         """
+        return await self._segment_committed(lease, asyncio.wrap_future(self._begin_segment(lease, commit)))
+
+    async def keep_segment(
+        self, lease: Lease, media: bytes, commit: Callable[[BlobRef], SegmentCommit]
+    ) -> Committed | None:
+        """Puts the blob and commits it. Raises: as `commit_segment` and `BlobStore.put_then`."""
+        kept = self._blobs.put_then(lambda: media, lambda blob: self._begin_segment(lease, commit(blob)))
+        return await self._segment_committed(lease, kept)
+
+    def _begin_segment(self, lease: Lease, commit: SegmentCommit) -> Future[Committed | None]:
+        return self._db.begin_write(_commit_segment, lease, commit, self._leases.lease_s)
+
+    async def _segment_committed(self, lease: Lease, committing: Awaitable[Committed | None]) -> Committed | None:
         sent_at = self._leases.now()
-        committed = await self._db.write(_commit_segment, lease, commit, self._leases.lease_s)
+        committed = await committing
         if committed is not None:
             self._leases.renewed(lease, sent_at)
             if committed.is_finished:
@@ -238,8 +268,8 @@ def _is_done(connection: sa.Connection, lease: Lease, idx: int, half: str, key: 
 
 
 def _progress(connection: sa.Connection, job_id: str) -> Committed:
-    state = connection.scalar(sa.select(job.c.state).where(job.c.id == job_id))
-    return Committed(num_published=_num_published(connection, job_id), is_finished=state == "finished")
+    row = connection.execute(sa.select(job).where(job.c.id == job_id)).one()
+    return Committed(standing=_standing_of(connection, job_record(row)))
 
 
 def _num_published(connection: sa.Connection, job_id: str) -> int:

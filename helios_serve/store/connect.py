@@ -103,7 +103,7 @@ def open_stores(config: StoreConfig, *, faults: FaultPlan = NO_FAULTS) -> Stores
         store_id=store_id,
         jobs=JobStore(database),
         leases=leases,
-        chunks=Chunks(database, leases),
+        chunks=Chunks(database, leases, blobs),
         blobs=blobs,
         retention=Retention(database, blobs, keep_latents=config.keep_latents),
         access=Access(database),

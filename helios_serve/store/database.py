@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -64,8 +64,13 @@ class Database:
 
         Raises: StorageUnavailableError, StorageFullError, and whatever `work` raises.
         """
-        call = self._call(self.write_now, work, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._writers, call)
+        return await asyncio.wrap_future(self.begin_write(work, *args, **kwargs))
+
+    def begin_write(
+        self, work: Callable[Concatenate[sa.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
+        """`write`, begun in any thread."""
+        return self._writers.submit(self._call(self.write_now, work, *args, **kwargs))
 
     def read_now(self, work: Callable[Concatenate[sa.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`read` in the calling thread."""

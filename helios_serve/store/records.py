@@ -176,10 +176,17 @@ class SegmentCommit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """What is durable now: segments 0 to `num_published` - 1 may be shown."""
+    """What is durable now: the job as the commit left it, of which segments 0 to `num_published` - 1 may be shown."""
 
-    num_published: int
-    is_finished: bool
+    standing: Standing
+
+    @property
+    def num_published(self) -> int:
+        return self.standing.num_published
+
+    @property
+    def is_finished(self) -> bool:
+        return self.standing.job.state == "finished"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

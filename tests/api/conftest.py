@@ -105,7 +105,7 @@ class FakeEngine:
         if self.refusal is not None:
             raise self.refusal
 
-    async def read(self, ref: TensorRef) -> bytes:
+    def read(self, ref: TensorRef) -> bytes:
         return ref.key.encode()
 
     async def put(self, name: str, record: bytes) -> TensorRef:

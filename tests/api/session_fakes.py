@@ -348,7 +348,9 @@ class FakeService:
     async def get(self, caller: Caller, video_id: str) -> Job:
         return self._job(caller, video_id).view()
 
-    async def watch(self, caller: Caller, video_id: str, start: int = 0) -> AsyncGenerator[JobEvent, None]:
+    async def watch(
+        self, caller: Caller, video_id: str, start: int = 0, *, with_steps: bool = True
+    ) -> AsyncGenerator[JobEvent, None]:
         job = self._job(caller, video_id)
         async for event in FakeSession(job, start).events():
             if isinstance(event, JobProgress | JobSegment | JobEnded):

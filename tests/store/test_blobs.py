@@ -7,8 +7,11 @@ import contextlib
 import errno
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import obstore
 import pytest
@@ -18,6 +21,7 @@ from helios_serve.faults import NO_FAULTS, Fault, FaultPlan
 from helios_serve.store.blob_cache import BlobCache
 from helios_serve.store.blobs import BlobStore, key_of, local_blobs
 from helios_serve.store.errors import BlobMissingError, StorageFullError, StorageUnavailableError, StoreStartError
+from helios_serve.store.records import BlobRef
 
 DATA = bytes(range(256)) * 64
 
@@ -55,6 +59,59 @@ def test_a_blob_is_read_as_it_was_put(blobs: BlobStore) -> None:
         assert await blobs.get(empty.key) == b""
 
     asyncio.run(run())
+
+
+def test_work_behind_a_put_begins_with_the_durable_blob(blobs: BlobStore) -> None:
+    """An error of any of the three parts is the answer, and nothing after it runs."""
+    pool = ThreadPoolExecutor(1)
+
+    def failing() -> NoReturn:
+        raise OSError(errno.ENOSPC, "full")
+
+    async def run() -> None:
+        size = await blobs.put_then(lambda: DATA, lambda ref: pool.submit(lambda: ref.num_bytes))
+        assert size == len(DATA)
+        assert await blobs.get(key_of(DATA)) == DATA
+        begun: list[object] = []
+        for make, raised in ((failing, OSError), (lambda: 1 / 0, ZeroDivisionError)):
+            with pytest.raises(raised):
+                await blobs.put_then(make, begun.append)  # type: ignore[arg-type]
+        assert begun == []
+        with pytest.raises(KeyError):
+            await blobs.put_then(lambda: DATA, lambda ref: pool.submit({}.__getitem__, ref.key))
+        with pytest.raises(ZeroDivisionError):
+            await blobs.put_then(lambda: DATA, lambda ref: 1 / 0)  # type: ignore[arg-type, return-value]
+
+    with pool:
+        asyncio.run(run())
+
+
+def test_a_caller_that_leaves_stops_no_work_behind_a_put(blobs: BlobStore) -> None:
+    done, may_end = threading.Event(), threading.Event()
+
+    def commit() -> None:
+        assert may_end.wait(30)
+        done.set()
+
+    async def run() -> None:
+        begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def begin(_: BlobRef) -> Future[None]:
+            committing = pool.submit(commit)
+            loop.call_soon_threadsafe(begun.set)
+            return committing
+
+        keeping = asyncio.create_task(blobs.put_then(lambda: DATA, begin))
+        await begun.wait()
+        keeping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await keeping
+        may_end.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        asyncio.run(run())
+    assert done.is_set()
 
 
 def test_a_file_is_put_as_its_content(blobs: BlobStore) -> None:

@@ -115,7 +115,7 @@ class Verbs(RuleBasedStateMachine):
         lease = self.lease(model, back)
         is_next = model.state == "running" and idx == model.next_chunk and idx != model.num_chunks
         is_known = idx < model.next_chunk and model.state != "deleted"
-        done = self.run(Chunks(self.stores.database, self.leases).commit_latents(lease, commit))
+        done = self.run(Chunks(self.stores.database, self.leases, self.stores.blobs).commit_latents(lease, commit))
         assert done == (back == 0 and (is_next or is_known))
         if back == 0 and is_next:
             model.next_chunk += 1

@@ -92,7 +92,7 @@ def _self_attention(block: Block, x: Tensor, rotary: Tensor) -> Tensor:
     q, k = _rms_norm(q, attention.norm_q), _rms_norm(k, attention.norm_k)
     q, k = (_rotated(t.unflatten(-1, (attention.num_heads, -1)), rotary) for t in (q, k))
     v = v.unflatten(-1, (attention.num_heads, -1))
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    out = _attended(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return attention.to_out[0](out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -103,8 +103,16 @@ def _cross_attention(block: Block, x: Tensor, words: Tensor, bias: Tensor) -> Te
     k, v = attention.to_kv(words).chunk(2, dim=-1)
     q, k = _rms_norm(q, attention.norm_q), _rms_norm(k, attention.norm_k)
     q, k, v = (t.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None].to(q.dtype))
+    out = _attended(q, k, v, bias[:, None, None])
     return attention.to_out[0](out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[B, heads, tokens, Dh], bias [B, 1, 1, L]. A processor's fused attention is slow with gradients in bfloat16."""
+    if q.device.type != "cpu" or v.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (logits if bias is None else logits + bias).softmax(-1).to(v.dtype) @ v
 
 
 def _feed_forward(block: Block, x: Tensor) -> Tensor:
