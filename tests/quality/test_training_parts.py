@@ -36,7 +36,7 @@ RECORDED_LOSSES = {
     "vae": {"l1": 0.696217, "l2": 0.670787, "kl": 1.590363},
     "flow": {"stage0": 0.760522, "stage1": 0.955672, "stage2": 1.223686, "words0": 1.691713},
 }
-"""Means over the 20 steps of the fixture's trainings; the first five of the flow's are words alone."""
+"""Means over the 20 steps of the fixture's trainings in float32; the first five of the flow's are words alone."""
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +210,11 @@ def test_interrupted_training_goes_on_as_if_nothing_had_happened(preset: Preset,
 
 
 def test_losses_are_the_recorded_ones(work: Path) -> None:
-    """A change here changes every checkpoint that is trained from now on: record the new losses if it was meant."""
+    """A change here changes every checkpoint that is trained from now on: record the new losses if it was meant. A
+    processor with bfloat16 is allowed its rounding."""
     for training, losses in RECORDED_LOSSES.items():
         logged = json.loads((work / f"{training}.jsonl").read_text(encoding="utf-8").splitlines()[0])
-        assert {name: logged[name] for name in losses} == pytest.approx(losses, rel=1e-3)
+        assert {name: logged[name] for name in losses} == pytest.approx(losses, rel=3e-3)
 
 
 def test_training_ends_in_time(preset: Preset, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def _feed_forward(block: Block, x: Tensor) -> Tensor:
 
 
 def _rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    return F.rms_norm(x.float(), x.shape[-1:], norm.weight, norm.eps)
 
 
 def _rotated(x: Tensor, rotary: Tensor) -> Tensor:
