@@ -168,6 +168,7 @@ def serve(
     ring: flags.Ring = None,
     cfg_degree: flags.CfgDegree = None,
     vaes: flags.Vaes = None,
+    vae_ranks: flags.VaeRanks = None,
     gpus_per_encoder: flags.GpusPerEncoder = None,
     gpus_per_rank: flags.GpusPerRank = None,
     gpus_per_vae: flags.GpusPerVae = None,

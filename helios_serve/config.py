@@ -17,6 +17,8 @@ Offload = Literal["none", "text_encoder", "all"]
 STEP_CACHE_THRESHOLD = 0.05
 """Not fitted to Helios. Published ones, 0.1 to 0.3, belong to polynomials that are fitted to other models."""
 Attention = Literal["auto", "fa3", "cudnn", "flash", "efficient", "triton", "flashinfer", "xformers", "cpu", "math"]
+UNRECORDABLE_ATTENTION: tuple[Attention, ...] = ("flashinfer", "xformers")
+"""Those that no CUDA graph can hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +31,16 @@ class ModelConfig:
     transformer's weights when they are loaded, and its activations as they come; an approximation, experimental until
     its quality is shown on trained weights. vae_precision: in which the VAE decodes, fp32 as the official pipelines
     do; None is bf16 on cuda, fp32 on cpu. The VAE always encodes in fp32. attention: the library that computes the
-    transformer's self-attention; auto takes the fastest that is installed and runs on the device. approximations: of
-    every video, which it changes; experimental until their quality is shown on trained weights. history_reuse keeps
-    the keys and values of a chunk's history from its first step for the later ones; step_cache, for Base and Mid,
-    leaves forwards out whose input has hardly changed. step_cache_threshold: the relative change since the last
-    forward, summed over steps, from which on step_cache runs another one. weights: random draws them where they are
-    to stay and reads the checkpoint's configuration and tokenizer alone, to measure a machine.
+    transformer's self-attention; auto takes the fastest that is installed and runs on the device.
+    attention_precision: fp8 rounds queries, keys and values of the self-attention, by FlashAttention 3 on Hopper, step
+    by step on cpu; an approximation, experimental until its quality is shown on trained weights; None is the dtype.
+    cuda_graphs: the transformer's forwards are recorded by the shape of their packs and started in one launch; on cuda;
+    not measured yet. approximations: of every video, which it changes; experimental until their quality is shown on
+    trained weights. history_reuse keeps the keys and values of a chunk's history from its first step for the later
+    ones; step_cache, for Base and Mid, leaves forwards out whose input has hardly changed. step_cache_threshold: the
+    relative change since the last forward, summed over steps, from which on step_cache runs another one. weights:
+    random draws them where they are to stay and reads the checkpoint's configuration and tokenizer alone, to measure a
+    machine.
     """
 
     model: str
@@ -44,6 +50,8 @@ class ModelConfig:
     quantize: Literal["none", "fp8"] = "none"
     vae_precision: Literal["fp32", "bf16"] | None = None
     attention: Attention = "auto"
+    attention_precision: Literal["fp8"] | None = None
+    cuda_graphs: bool = False
     approximations: tuple[Approximation, ...] = ()
     step_cache_threshold: float = STEP_CACHE_THRESHOLD
     weights: Literal["checkpoint", "random"] = "checkpoint"
@@ -56,6 +64,20 @@ class ModelConfig:
             raise ValueError(f"approximations {', '.join(self.approximations)}: each one once")
         if not 0 <= self.step_cache_threshold < math.inf:
             raise ValueError(f"step_cache_threshold {self.step_cache_threshold}: must be at least 0")
+        if self.attention_precision is not None and self.attention not in ("auto", "fa3"):
+            raise ValueError(f"attention_precision fp8: fa3 alone has it, not attention {self.attention}; give auto")
+        if self.cuda_graphs:
+            self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        if self.device != "cuda":
+            raise ValueError(f"cuda_graphs: needs device cuda, not {self.device}")
+        if self.offload == "all":
+            raise ValueError("cuda_graphs: not with offload all, as a graph reads weights where they were recorded")
+        if self.attention in UNRECORDABLE_ATTENTION:
+            raise ValueError(
+                f"cuda_graphs: not with attention {self.attention}, which plans each shape anew; give auto"
+            )
 
     @property
     def served_name(self) -> str:
@@ -215,16 +237,19 @@ def _is_address(host: str) -> bool:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenDegrees:
     """Over how many ranks a forward is to be shared along each axis; None leaves it to the server. head_groups: in how
-    many parts the heads of a rank travel."""
+    many parts the heads of a rank travel. symmetric_memory: ranks write heads into each other's memory, where they can.
+    """
 
     cfg: int | None = None
     ring: int | None = None
     ulysses: int | None = None
     head_groups: int = 1
+    symmetric_memory: bool = False
 
 
 FREE_DEGREES = GivenDegrees()
 """Nothing is given."""
+AUTO: Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,24 +259,28 @@ class ExecutorConfig:
     num_encoders: encoder workers. num_dit_groups: DiT groups, each with the whole transformer. num_dit_ranks: processes
     of one DiT group, all on one node. ulysses: ranks that exchange tokens for heads in attention; divides the heads of
     the checkpoint. ring: ranks between which keys and values go around. cfg_degree: 2 gives the two sequences of
-    guidance to two halves of a group. cfg_degree x ring x ulysses is num_dit_ranks; what is not given is chosen so that
-    the fewest bytes are sent. head_groups: parts in which `ulysses` exchanges the heads of a rank, so that one travels
-    while another is attended to; not measured yet. num_vaes: VAE workers. gpus_per_*: a share of one GPU; 0 on CPU.
-    cpus_per_*: cores that Ray sets aside, and compute threads of a CPU worker (at least one). address: of a running
-    cluster, `host:port` or `auto`; None starts one on this machine. object_store_bytes: of a cluster that we start;
-    /dev/shm must hold it. cache_bytes: conditionings that a DiT rank keeps. beat_s: between the beats of a worker,
-    which is replaced after 2 s without one. spawn_timeout_s: until a worker's process must answer. load_timeout_s:
-    until it must be ready.
+    guidance to two halves of a group. cfg_degree x ring x ulysses is num_dit_ranks; what is auto is chosen so that
+    exchanges take the least time. head_groups: parts in which `ulysses` exchanges the heads of a rank, so that one
+    travels while another is attended to; not measured yet. symmetric_memory: `ulysses` writes heads into the memory of
+    other ranks, where PyTorch and the GPUs allow it; not tried on GPUs yet. num_vaes: VAE workers. num_vae_ranks:
+    processes of one VAE worker, all on one node, which share each picture by columns. gpus_per_*: a share of one GPU; 0
+    on CPU. cpus_per_*: cores that Ray sets aside, and compute threads of a CPU worker (at least one). address: of a
+    running cluster, `host:port` or `auto`; None starts one on this machine. object_store_bytes: of a cluster that we
+    start; /dev/shm must hold it. cache_bytes: conditionings that a DiT rank keeps. beat_s: between the beats of a
+    worker, which is replaced after 2 s without one. spawn_timeout_s: until a worker's process must answer.
+    load_timeout_s: until it must be ready.
     """
 
     num_encoders: int = 1
     num_dit_groups: int = 1
     num_dit_ranks: int = 1
-    ulysses: int | None = None
-    ring: int | None = None
-    cfg_degree: Literal[1, 2] | None = None
+    ulysses: int | Literal["auto"] = AUTO
+    ring: int | Literal["auto"] = AUTO
+    cfg_degree: Literal[1, 2, "auto"] = AUTO
     head_groups: int = 1
+    symmetric_memory: bool = False
     num_vaes: int = 1
+    num_vae_ranks: int = 1
     gpus_per_encoder: float = 0.0
     gpus_per_rank: float = 0.0
     gpus_per_vae: float = 0.0
@@ -266,16 +295,20 @@ class ExecutorConfig:
     load_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("num_encoders", "num_dit_groups", "num_dit_ranks", "head_groups", "num_vaes"):
+        for name in ("num_encoders", "num_dit_groups", "num_dit_ranks", "head_groups", "num_vaes", "num_vae_ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         for name in ("ulysses", "ring", "cfg_degree"):
             degree = getattr(self, name)
-            if degree is not None and (degree < 1 or self.num_dit_ranks % degree):
+            if degree != AUTO and (degree < 1 or self.num_dit_ranks % degree):
                 raise ValueError(f"{name} {degree}: must divide num_dit_ranks {self.num_dit_ranks}")
         for name in ("gpus_per_encoder", "gpus_per_rank", "gpus_per_vae"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be 0 to 1, a share of one GPU")
+        for name, ranks in (("gpus_per_rank", "num_dit_ranks"), ("gpus_per_vae", "num_vae_ranks")):
+            share, count = getattr(self, name), getattr(self, ranks)
+            if count > 1 and 0 < share <= 0.5:
+                raise ValueError(f"{name} {share}: must be above 0.5 with {ranks} {count}: each needs a GPU of its own")
         for name in ("cpus_per_encoder", "cpus_per_rank", "cpus_per_vae"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)}: must be above 0")
@@ -293,12 +326,18 @@ class ExecutorConfig:
     @property
     def degrees(self) -> GivenDegrees:
         """How the ranks of a DiT group are to share a forward, as far as it is given."""
-        return GivenDegrees(cfg=self.cfg_degree, ring=self.ring, ulysses=self.ulysses, head_groups=self.head_groups)
+        return GivenDegrees(
+            cfg=None if self.cfg_degree == AUTO else self.cfg_degree,
+            ring=None if self.ring == AUTO else self.ring,
+            ulysses=None if self.ulysses == AUTO else self.ulysses,
+            head_groups=self.head_groups,
+            symmetric_memory=self.symmetric_memory,
+        )
 
     @property
     def num_cpus(self) -> int:
         """Cores that all workers together set aside."""
-        ranks = self.num_dit_groups * self.num_dit_ranks
+        ranks, vae_ranks = self.num_dit_groups * self.num_dit_ranks, self.num_vaes * self.num_vae_ranks
         return math.ceil(
-            self.num_encoders * self.cpus_per_encoder + ranks * self.cpus_per_rank + self.num_vaes * self.cpus_per_vae
+            self.num_encoders * self.cpus_per_encoder + ranks * self.cpus_per_rank + vae_ranks * self.cpus_per_vae
         )

@@ -76,15 +76,16 @@ Executor = Annotated[
 Encoders = Annotated[int | None, typer.Option(help="ray: encoder workers. [1]")]
 DitGroups = Annotated[int | None, typer.Option(help="ray: DiT groups. [1]")]
 DitRanks = Annotated[int | None, typer.Option(help="ray: processes of one DiT group. [1]")]
-Ulysses = Annotated[int | None, typer.Option(help="ray: ranks of a group that exchange heads; chosen.")]
-Ring = Annotated[int | None, typer.Option(help="ray: ranks of a group between which keys go around; chosen.")]
+Ulysses = Annotated[str | None, typer.Option(help="ray: ranks of a group that exchange heads, or auto. [auto]")]
+Ring = Annotated[str | None, typer.Option(help="ray: ranks of a group between which keys go around, or auto. [auto]")]
 CfgDegree = Annotated[
-    int | None, typer.Option(help="ray: 2 gives guidance's two sequences to two halves of a group; chosen.")
+    str | None, typer.Option(help="ray: 2 gives guidance's two sequences to two halves of a group; or auto. [auto]")
 ]
 Vaes = Annotated[int | None, typer.Option(help="ray: VAE workers. [1]")]
+VaeRanks = Annotated[int | None, typer.Option(help="ray: processes of one VAE worker. [1]")]
 GpusPerEncoder = Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 0.25.")]
 GpusPerRank = Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 1.")]
-GpusPerVae = Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 0.5.")]
+GpusPerVae = Annotated[float | None, typer.Option(help="ray: share of a GPU; on CUDA 0.5, 1 for several ranks.")]
 RayAddress = Annotated[
     str | None, typer.Option(help="ray: host:port of a running cluster, or auto; without it one is started here.")
 ]
@@ -129,6 +130,7 @@ KEYS = {
     "ring": "ray.ring",
     "cfg_degree": "ray.cfg_degree",
     "vaes": "ray.num_vaes",
+    "vae_ranks": "ray.num_vae_ranks",
     "gpus_per_encoder": "ray.gpus_per_encoder",
     "gpus_per_rank": "ray.gpus_per_rank",
     "gpus_per_vae": "ray.gpus_per_vae",
@@ -152,7 +154,9 @@ def derived() -> dict[str, Derive]:
         "model.dtype": lambda known: dtype_of(str(known["model.device"])),
         "ray.gpus_per_encoder": lambda known: 0.25 * (known["model.device"] == "cuda"),
         "ray.gpus_per_rank": lambda known: 1.0 * (known["model.device"] == "cuda"),
-        "ray.gpus_per_vae": lambda known: 0.5 * (known["model.device"] == "cuda"),
+        "ray.gpus_per_vae": lambda known: (
+            (0.5 if known.get("ray.num_vae_ranks", 1) == 1 else 1.0) * (known["model.device"] == "cuda")
+        ),
     }
 
 

@@ -14,30 +14,23 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
-from helios_serve import __version__
+from helios_serve import __version__, event_loop
 from helios_serve.api.connections import HttpConnection, WebSocketConnection
 from helios_serve.api.job_runner import RunnerConfig
 from helios_serve.api.probes import Pulse
 from helios_serve.api.routes import GENERATIONS
 from helios_serve.api.signed_urls import SigningKeys, load_signing_keys, read_signing_keys, signing_keys_file
-from helios_serve.config import Device, ExecutorConfig, ModelConfig, ServerConfig
+from helios_serve.config import ExecutorConfig, ModelConfig, ServerConfig
 from helios_serve.engine.async_engine import AsyncEngine
-from helios_serve.engine.executor import Executor
-from helios_serve.engine.step_cost import CPU_PRIOR, CostModel, DevicePrior, ModelShape
 from helios_serve.errors import HeliosError
+from helios_serve.executors import cost_model, local, on_cluster
 from helios_serve.listening import Listeners, bound, shown_address
-from helios_serve.model_executor.approximations import check_approximations
-from helios_serve.model_executor.model import HeliosModel, load_model, open_checkpoint
-from helios_serve.model_executor.model_config import CheckpointConfig
-from helios_serve.model_executor.runner import Runner
-from helios_serve.model_executor.spread import degrees_for, explain_degrees
 from helios_serve.settings import Settings, describe
 from helios_serve.store.connect import Stores, open_stores
 from helios_serve.surfaces import Parts, Surfaces, open_surfaces
@@ -45,9 +38,6 @@ from helios_serve.telemetry import Metrics
 from helios_serve.tracing import Tracing, open_tracing
 from helios_serve.types import FRAMES_PER_CHUNK
 from helios_serve.warmup import warm_up
-from helios_serve.workers.encoder import EncoderWorker
-from helios_serve.workers.local_executor import LocalExecutor
-from helios_serve.workers.vae import VaeWorker
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +67,14 @@ def run_server(settings: Settings) -> None:
         with closing(open_stores(settings.store)) as stores:
             signing = _signing_keys(server)
             with closing(open_tracing(server.otel_endpoint, version=__version__)) as tracing:
-                asyncio.run(_serve(_put_together(settings, stores, signing, tracing), listeners))
+                event_loop.run(_serve(_put_together(settings, stores, signing, tracing), listeners))
 
 
 def _put_together(settings: Settings, stores: Stores, signing: SigningKeys, tracing: Tracing) -> Parts:
     """Loads the checkpoint; nothing runs yet."""
     model, engine, server, ray = settings.model, settings.engine, settings.server, settings.ray
     has_crashed = _watch_crashes(server.data_dir)
-    config, executor = _local(model) if ray is None else _on_cluster(model, ray)
+    config, executor = local(model) if ray is None else on_cluster(model, ray)
     info = config.info(model.served_name, approximations=model.approximations)
     metrics = Metrics(info.name, alias=server.metrics_alias)
     costs = cost_model(config, model.device, is_shared=ray is None)
@@ -113,6 +103,8 @@ def _about(model: ModelConfig, ray: ExecutorConfig | None, server: ServerConfig)
         "device": model.device,
         "dtype": model.dtype,
         "quantize": model.quantize,
+        "attention_precision": model.attention_precision,
+        "cuda_graphs": model.cuda_graphs,
         "approximations": list(model.approximations),
         "executor": "local" if ray is None else "ray",
         "roles": of_cluster if of_cluster else one_each,
@@ -126,62 +118,6 @@ def _commit() -> str | None:
         return commit
     text = distribution("helios-serve").read_text("direct_url.json")
     return None if text is None else json.loads(text).get("vcs_info", {}).get("commit_id")
-
-
-def _local(model: ModelConfig) -> tuple[CheckpointConfig, Executor]:
-    loaded = load_model(model)
-    return loaded.config, local_executor(loaded)
-
-
-def _on_cluster(model: ModelConfig, ray: ExecutorConfig) -> tuple[CheckpointConfig, Executor]:
-    """Raises: ValueError for degrees that do not fit the checkpoint, CheckpointError for approximations that do not fit
-    either."""
-    config = open_checkpoint(model).config
-    degrees = degrees_for(config, ray.num_dit_ranks, ray.degrees)
-    if degrees.num_ranks > 1:
-        logger.info(explain_degrees(degrees, config, model.dtype))
-    solver = config.scheduler.solver
-    check_approximations(model.approximations, solver, num_ranks=degrees.num_ranks, cfg_degree=degrees.cfg)
-    return config, ray_executor(model, ray)
-
-
-def local_executor(model: HeliosModel) -> LocalExecutor:
-    """All roles of one checkpoint in this process."""
-    return LocalExecutor(
-        EncoderWorker(model.text_encoder, model.vae), Runner(model.transformer, model.rules), VaeWorker(model.vae)
-    )
-
-
-def ray_executor(model: ModelConfig, config: ExecutorConfig) -> Executor:
-    """Every role in workers of a Ray cluster.
-
-    Raises: HeliosError without the package.
-    """
-    try:
-        from helios_serve.workers.ray_executor import RayExecutor
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise HeliosError("executor ray: the package is missing; pip install 'helios-serve[ray]'") from error
-    return RayExecutor(model, config)
-
-
-def cost_model(config: CheckpointConfig, device: Device, *, is_shared: bool) -> CostModel:
-    """What the engine assumes of a checkpoint on a device until it has measured.
-
-    Args:
-        is_shared: whether decoding takes its time from the device that runs the steps.
-    """
-    transformer = config.transformer
-    shape = ModelShape(
-        dim=transformer.dim,
-        ffn_dim=transformer.ffn_dim,
-        num_layers=transformer.num_layers,
-        patch=transformer.patch_size,
-        spatial_scale=config.vae.scale_factor_spatial,
-    )
-    prior = CPU_PRIOR if device == "cpu" else DevicePrior()
-    return CostModel(shape, replace(prior, vae_on_device=is_shared))
 
 
 def _signing_keys(server: ServerConfig) -> SigningKeys:

@@ -139,14 +139,18 @@ def convert(annotation: Any, given: Given) -> Any:
         if type(None) in members:
             return None
         raise ValueError("must have a value")
-    kinds = [each for each in members if each is not type(None)]
-    assert len(kinds) == 1, f"{annotation}: settings are of one type, or of one type or None"
-    kind = kinds[0]
+    kind, *words = [each for each in members if each is not type(None)]
+    assert all(get_origin(each) is Literal for each in words), f"{annotation}: settings are of one type, words or None"
+    if any(given.text in get_args(each) for each in words):
+        return given.text
     if get_origin(kind) is tuple:
         return _convert_list(get_args(kind)[0], given.text)
     if isinstance(given.text, tuple):
         raise ValueError("must be one value, not a list")
-    return _convert_one(kind, given.text.strip())
+    try:
+        return _convert_one(kind, given.text.strip())
+    except ValueError as error:
+        raise ValueError(" or ".join((str(error), *map(_kind_name, words)))) from None
 
 
 def type_name(annotation: Any) -> str:

@@ -23,12 +23,9 @@ DERIVED = {
     "model.dtype": "`bfloat16` on `cuda`, `float32` on `cpu`",
     "server.data_dir": "`helios-serve` in the user's data directory",
     "store.data_dir": "that of `server`",
-    "ray.ulysses": "chosen",
-    "ray.ring": "chosen",
-    "ray.cfg_degree": "chosen",
     "ray.gpus_per_encoder": "0.25 on `cuda`, 0 on `cpu`",
     "ray.gpus_per_rank": "1 on `cuda`, 0 on `cpu`",
-    "ray.gpus_per_vae": "0.5 on `cuda`, 0 on `cpu`",
+    "ray.gpus_per_vae": "0.5 on `cuda`, 1 there for several ranks, 0 on `cpu`",
 }
 """Defaults that follow from the machine or from other settings."""
 

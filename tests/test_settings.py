@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helios_serve import settings as module
-from helios_serve.config import EngineConfig, ExecutorConfig, ModelConfig, ServerConfig
+from helios_serve.config import EngineConfig, ExecutorConfig, GivenDegrees, ModelConfig, ServerConfig
 from helios_serve.settings import (
     SHORT_ENV,
     Flag,
@@ -101,6 +101,17 @@ def test_ray_is_there_when_it_is_the_executor(tmp_path: Path) -> None:
     file = write(tmp_path, "executor: ray\nray:\n  num_vaes: 2\n")
     assert load_settings(file, MODEL).ray == ExecutorConfig(num_vaes=2)
     assert load_settings(file, MODEL | {"HELIOS_EXECUTOR": "local"}).ray is None
+
+
+def test_degrees_are_numbers_or_the_word_for_none(tmp_path: Path) -> None:
+    file = write(tmp_path, "executor: ray\nray:\n  num_dit_ranks: 4\n  ulysses: auto\n  ring: 2\n")
+    loaded = load_settings(file, MODEL | {"HELIOS_RAY_CFG_DEGREE": "auto"})
+    assert loaded.ray is not None
+    assert loaded.ray == ExecutorConfig(num_dit_ranks=4, ring=2)
+    assert loaded.ray.degrees == GivenDegrees(ring=2)
+    assert load_settings(write(tmp_path, describe(loaded)), {}) == loaded
+    with pytest.raises(SettingsError, match="HELIOS_RAY_RING two: must be a whole number or auto"):
+        load_settings(None, MODEL | {"HELIOS_RAY_RING": "two"})
 
 
 def test_words_of_yaml_are_taken_as_they_stand(tmp_path: Path) -> None:
@@ -249,6 +260,7 @@ def test_a_description_says_where_values_come_from(tmp_path: Path) -> None:
     assert "ray:" not in lines
 
 
+@settings(deadline=None)
 @given(
     max_pack=st.integers(1, 10**6),
     seconds=st.floats(1e-9, 1e9),

@@ -12,6 +12,7 @@ import typer
 from helios_serve.bench import rank_work as flags
 from helios_serve.bench.rank_launch import is_in_torchrun, parse_counts, start_ranks
 from helios_serve.bench.workload import parse_steps
+from helios_serve.config import AUTO
 from helios_serve.errors import InvalidRequestError
 
 
@@ -27,9 +28,9 @@ def bench_latency(
     quantize: flags.QuantizeFlag = "none",
     weights: flags.WeightsFlag = "checkpoint",
     ranks: flags.RanksFlag = None,
-    ulysses: flags.UlyssesFlag = None,
-    ring: flags.RingFlag = None,
-    cfg_degree: flags.CfgFlag = None,
+    ulysses: flags.UlyssesFlag = AUTO,
+    ring: flags.RingFlag = AUTO,
+    cfg_degree: flags.CfgFlag = AUTO,
     warmup: Annotated[int, typer.Option(min=0, help="Videos before, which do not count.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Videos that count.")] = 3,
     out: Annotated[Path, typer.Option("--out", "-o", help="Result, JSON.")] = Path("bench-latency.json"),

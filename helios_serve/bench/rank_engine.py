@@ -1,7 +1,8 @@
 """One rank's share of the offline benchmarks: streams of equal requests, chunk by chunk, each piece of work timed.
 
 Knows the runner, the encoder and the VAE, alone or on one of several ranks; knows no flags and prints nothing. Streams
-of a batch share every forward. Rank 0 alone decodes and encodes segments; it is the one whose times count.
+of a batch share every forward. Ranks share forwards, and the VAE by columns; rank 0 alone makes segments, and its times
+count.
 """
 
 from __future__ import annotations
@@ -15,26 +16,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from helios_serve.api.convert import Limits, parse_generation
-from helios_serve.api.media_input import Media
-from helios_serve.bench.rank_work import Workload
+from helios_serve.bench.rank_work import Workload, requests_of
 from helios_serve.config import FREE_DEGREES, GivenDegrees, ModelConfig
 from helios_serve.model_executor.batch import ChunkInput, ChunkOutput
 from helios_serve.model_executor.conditioning import Conditioning
 from helios_serve.model_executor.model import load_text_encoder, load_transformer, load_vae, open_checkpoint
 from helios_serve.model_executor.runner import Runner
 from helios_serve.model_executor.spread import join_mesh
-from helios_serve.offline import FileSource
+from helios_serve.model_executor.vae_spread import join_columns
 from helios_serve.parallel.collectives import RankGroup, connect_torchrun
 from helios_serve.types import NUM_TRAIL_CHUNKS, ModelInfo, SamplingParams, VideoRequest
 from helios_serve.workers.encoder import EncoderWorker
-from helios_serve.workers.media import Decoder
 from helios_serve.workers.vae import VaeWorker
 
 T = TypeVar("T")
 
 TIMEOUT_S = 600.0
-"""Patience with another rank, which may still load, or decode alone."""
+"""Patience with another rank, which may still load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +102,12 @@ class RankEngine:
         self.info: ModelInfo = checkpoint.config.info(config.served_name)
         self._device = checkpoint.device
         self.mesh = join_mesh(self.ranks, checkpoint.config, checkpoint.device, given)
+        columns = join_columns(self.ranks, checkpoint.device)
         vae = load_vae(checkpoint)
         text_encoder = load_text_encoder(checkpoint)
-        self._new_encoder = partial(EncoderWorker, text_encoder, vae)
+        self._new_encoder = partial(EncoderWorker, text_encoder, vae, axis=columns)
         self._runner = Runner(load_transformer(checkpoint), checkpoint.rules, mesh=self.mesh)
-        self._vae = VaeWorker(vae)
+        self._vae = VaeWorker(vae, axis=columns)
 
     @property
     def is_first(self) -> bool:
@@ -120,9 +119,7 @@ class RankEngine:
 
     def requests(self, workload: Workload) -> list[VideoRequest]:
         """Raises: InvalidRequestError when the checkpoint cannot make such videos."""
-        media = Media(source=FileSource(), decoder=Decoder())
-        bodies = [workload.body(number) for number in range(workload.batch)]
-        return [parse_generation(body, self.info, media, Limits()).request for body in bodies]
+        return requests_of(workload, self.info)
 
     def run(
         self,
@@ -134,7 +131,7 @@ class RankEngine:
         """Makes the videos of a batch together.
 
         Args:
-            decodes: whether rank 0 makes pixels and segments, too.
+            decodes: whether pixels and segments are made, too.
             on_output: is given each request's id and the latents of each of its chunks, outside what is timed.
         """
         encoder = self._new_encoder()  # that remembers no prompt
@@ -145,7 +142,7 @@ class RankEngine:
         ]
         chunks = []
         for chunk in range(requests[0].params.num_chunks):
-            chunks.append(self._run_chunk(streams, chunk, decodes=decodes and self.is_first))
+            chunks.append(self._run_chunk(streams, chunk, decodes=decodes))
             for stream in streams:
                 on_output(stream.request.request_id, stream.made[chunk])
         return VideoTimes(encode_s=encode_s, chunks=tuple(chunks))
@@ -167,6 +164,8 @@ class RankEngine:
         for stream in streams if decodes else ():
             pixels, seconds = self._timed(lambda own=stream: self._vae.decode(own.made[chunk]))  # type: ignore[misc]
             decode_s += seconds
+            if not self.is_first:
+                continue
             name = stream.request.request_id
             mux_s += self._timed(lambda p=pixels, n=name: self._vae.encode_segment(p, n, chunk, params))[1]  # type: ignore[misc]
         return ChunkTimes(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 
-from helios_serve.config import Device, DType, GivenDegrees, ModelConfig
-from helios_serve.types import FRAMES_PER_CHUNK
+from helios_serve.config import AUTO, Device, DType, ExecutorConfig, GivenDegrees, ModelConfig
+from helios_serve.errors import InvalidRequestError
+from helios_serve.types import FRAMES_PER_CHUNK, ModelInfo, VideoRequest
 
 PROMPT = "A red fox runs along a snowy ridge at sunrise while the camera follows from the side."
 
@@ -40,6 +43,18 @@ class Workload:
         return {**body, **({} if self.size is None else {"size": self.size}), "helios": details}
 
 
+def requests_of(workload: Workload, info: ModelInfo) -> list[VideoRequest]:
+    """Raises: InvalidRequestError when the checkpoint cannot make such videos."""
+    from helios_serve.api.convert import Limits, parse_generation
+    from helios_serve.api.media_input import Media
+    from helios_serve.offline import FileSource
+    from helios_serve.workers.media import Decoder
+
+    media = Media(source=FileSource(), decoder=Decoder())
+    bodies = [workload.body(number) for number in range(workload.batch)]
+    return [parse_generation(body, info, media, Limits()).request for body in bodies]
+
+
 Quantize = Literal["none", "fp8"]
 Weights = Literal["checkpoint", "random"]
 
@@ -57,9 +72,17 @@ RanksFlag = Annotated[
     str | None,
     typer.Option(help="Ranks that share each forward, such as 1,2,4,8: one run for each, by torchrun, on this node."),
 ]
-UlyssesFlag = Annotated[int | None, typer.Option(help="Ranks that exchange tokens for heads; chosen when absent.")]
-RingFlag = Annotated[int | None, typer.Option(help="Ranks between which keys and values go around.")]
-CfgFlag = Annotated[int | None, typer.Option(help="2 gives the sequences of guidance to two halves of the ranks.")]
+RayFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="A setting of `ray`, such as num_dit_groups=2; repeatable. Whole videos are timed on a cluster then, with"
+        " its groups and ranks.",
+    ),
+]
+UlyssesFlag = Annotated[str, typer.Option(help="Ranks that exchange tokens for heads.")]
+RingFlag = Annotated[str, typer.Option(help="Ranks between which keys and values go around.")]
+CfgFlag = Annotated[str, typer.Option(help="2 gives the sequences of guidance to two halves of the ranks.")]
 
 
 def model_of(
@@ -72,5 +95,40 @@ def model_of(
     return ModelConfig(model=model, device=chosen, dtype=dtype or dtype_of(chosen), quantize=quantize, weights=weights)
 
 
-def degrees_of(cfg: int | None, ring: int | None, ulysses: int | None) -> GivenDegrees:
-    return GivenDegrees(cfg=cfg, ring=ring, ulysses=ulysses)
+def degrees_of(cfg: str, ring: str, ulysses: str) -> GivenDegrees:
+    """Raises: InvalidRequestError for what is neither a number nor auto."""
+    return GivenDegrees(cfg=_degree("cfg_degree", cfg), ring=_degree("ring", ring), ulysses=_degree("ulysses", ulysses))
+
+
+def cluster_of(settings: Sequence[str]) -> ExecutorConfig:
+    """From `name=value` of settings of `ray`.
+
+    Raises: InvalidRequestError for an unknown name or a value that does not do.
+    """
+    known = {field.name: TypeAdapter(kind) for field, kind in _cluster_fields()}
+    given: dict[str, Any] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in known:
+            raise InvalidRequestError(f"ray {name}: no such setting; there are {', '.join(known)}", param="ray")
+        try:
+            given[name] = known[name].validate_strings(text)
+        except ValidationError:
+            raise InvalidRequestError(f"ray {setting}: no value of that setting", param="ray") from None
+    try:
+        return ExecutorConfig(**given)
+    except ValueError as error:
+        raise InvalidRequestError(f"ray {error}", param="ray") from None
+
+
+def _cluster_fields() -> Iterator[tuple[Field[Any], Any]]:
+    kinds = get_type_hints(ExecutorConfig)
+    return ((field, kinds[field.name]) for field in fields(ExecutorConfig))
+
+
+def _degree(name: str, text: str) -> int | None:
+    if text == AUTO:
+        return None
+    if not text.isdecimal():
+        raise InvalidRequestError(f"{name} {text}: must be a whole number or {AUTO}", param=name)
+    return int(text)

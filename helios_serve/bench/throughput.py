@@ -22,9 +22,10 @@ from helios_serve.bench.rank_work import Workload
 from helios_serve.bench.result_file import describe_client, json_text, write_text
 from helios_serve.bench.tables import wide_console
 from helios_serve.bench.throughput_plot import scaling_plot
-from helios_serve.config import GivenDegrees, ModelConfig
+from helios_serve.config import ExecutorConfig, GivenDegrees, ModelConfig
 from helios_serve.errors import InvalidRequestError
-from helios_serve.types import FRAMES_PER_CHUNK
+from helios_serve.parallel.peer_memory import PeerAxis
+from helios_serve.types import FRAMES_PER_CHUNK, ModelInfo
 
 FORMAT = 1
 
@@ -32,9 +33,10 @@ FORMAT = 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThroughputRun:
     """What is measured, and where the result goes. num_warmups: chunks of each video that do not count, at least the
-    first, which has no history."""
+    first, which has no history. cluster: None for this rank and those that torchrun started."""
 
     model: ModelConfig
+    cluster: ExecutorConfig | None
     degrees: GivenDegrees
     workload: Workload
     batches: tuple[int, ...]
@@ -65,9 +67,9 @@ Rate = tuple[float, float, float]
 class Point:
     """One cell, measured. None for what was left out.
 
-    dit_fps: what the forwards of steady chunks alone would give. fps: with decoding and segments on rank 0, one after
-    the other. video_fps: of whole videos, with their prompts and first chunks. chunk_s, decode_s: of a steady chunk of
-    all streams, the median.
+    dit_fps: what the forwards of steady chunks alone would give. fps: with decoding, which the ranks share, and
+    segments on rank 0, one after the other. video_fps: of whole videos, with their prompts and first chunks. chunk_s,
+    decode_s: of a steady chunk of all streams, the median.
     """
 
     cell: Cell
@@ -84,6 +86,9 @@ def run_throughput(run: ThroughputRun) -> None:
 
     Raises: CheckpointError, InvalidRequestError, ValueError for what cannot be run, compared or written.
     """
+    if run.cluster is not None:
+        _run_on_cluster(run, run.cluster)
+        return
     engine = RankEngine(run.model, run.degrees)
     try:
         params: dict[str, object] = {}
@@ -96,9 +101,38 @@ def run_throughput(run: ThroughputRun) -> None:
         if engine.is_first:
             if run.compares_diffusers:
                 points.append(_diffusers_point(run, engine))
-            _report(run, engine, params, points)
+            _report(run, engine.info, params, points)
     finally:
         engine.close()
+
+
+def _run_on_cluster(run: ThroughputRun, cluster: ExecutorConfig) -> None:
+    """Whole videos alone are timed: chunks of different videos are under way at the same time."""
+    from helios_serve.bench.throughput_ray import ClusterEngine
+
+    params: dict[str, object] = {}
+    points = []
+    with ClusterEngine(run.model, cluster) as engine:
+        for batch in run.batches:
+            workload = replace(run.workload, batch=batch)
+            params = describe_params(engine.requests(workload)[0].params)
+            engine.seconds(engine.requests(replace(workload, num_chunks=run.num_warmups)))
+            num_chunks = batch * workload.num_chunks
+            seconds = [engine.seconds(engine.requests(workload)) for _ in range(run.num_repeats)]
+            rates = [FRAMES_PER_CHUNK * num_chunks / one for one in seconds]
+            points.append(_whole_videos(_cluster_cell(run, cluster, batch), rates, num_chunks))
+        _report(run, engine.info, params, points)
+
+
+def _cluster_cell(run: ThroughputRun, cluster: ExecutorConfig, batch: int) -> Cell:
+    groups, ranks = cluster.num_dit_groups, cluster.num_dit_ranks
+    return Cell(
+        engine="helios_serve on Ray",
+        ranks=groups * ranks,
+        degrees=f"{groups} x {ranks}, {cluster.num_vaes} x {cluster.num_vae_ranks} VAE",
+        batch=batch,
+        precision=_precision(run.model),
+    )
 
 
 def point_of(cell: Cell, videos: Sequence[VideoTimes], num_warmups: int, *, decodes: bool) -> Point:
@@ -130,10 +164,16 @@ def _cell(run: ThroughputRun, engine: RankEngine, batch: int) -> Cell:
     mesh = engine.mesh
     axes = {"cfg": mesh.cfg.size, "ring": mesh.ring.size, "ulysses": mesh.ulysses.size}
     degrees = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
-    precision = run.model.dtype if run.model.quantize == "none" else f"{run.model.dtype}, {run.model.quantize}"
+    if isinstance(mesh.ulysses, PeerAxis):
+        degrees += " by symmetric memory"
+    precision = _precision(run.model)
     return Cell(
         engine="helios_serve", ranks=mesh.num_ranks, degrees=degrees or "alone", batch=batch, precision=precision
     )
+
+
+def _precision(model: ModelConfig) -> str:
+    return model.dtype if model.quantize == "none" else f"{model.dtype}, {model.quantize}"
 
 
 def _diffusers_point(run: ThroughputRun, engine: RankEngine) -> Point:
@@ -143,20 +183,26 @@ def _diffusers_point(run: ThroughputRun, engine: RankEngine) -> Point:
     (request,) = engine.requests(replace(run.workload, batch=1))
     seconds, package = diffusers_seconds(run.model, request, run.num_repeats)
     rates = [request.params.num_frames / one for one in seconds]
+    cell = Cell(engine=package, ranks=1, degrees="alone", batch=1, precision=run.model.dtype)
+    return _whole_videos(cell, rates, request.params.num_chunks)
+
+
+def _whole_videos(cell: Cell, rates: Sequence[float], num_chunks: int) -> Point:
+    """rates: frames per second of each repeat, of `num_chunks` each."""
     return Point(
-        cell=Cell(engine=package, ranks=1, degrees="alone", batch=1, precision=run.model.dtype),
+        cell=cell,
         dit_fps=None,
         fps=None,
         video_fps=_spread(rates),
         chunk_s=None,
         decode_s=None,
-        num_chunks=request.params.num_chunks * len(seconds),
+        num_chunks=num_chunks * len(rates),
     )
 
 
-def _report(run: ThroughputRun, engine: RankEngine, params: Mapping[str, object], points: Sequence[Point]) -> None:
+def _report(run: ThroughputRun, info: ModelInfo, params: Mapping[str, object], points: Sequence[Point]) -> None:
     about = {
-        "model": {"name": engine.info.name, "variant": engine.info.variant, "weights": run.model.weights},
+        "model": {"name": info.name, "variant": info.variant, "weights": run.model.weights},
         "device": run.model.device,
         "params": dict(params),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ import typer
 from helios_serve.bench import rank_work as flags
 from helios_serve.bench.rank_launch import is_in_torchrun, parse_counts, start_ranks
 from helios_serve.bench.workload import parse_steps
+from helios_serve.config import AUTO
 from helios_serve.errors import InvalidRequestError
 
 
@@ -28,10 +30,14 @@ def bench_throughput(
     quantize: flags.QuantizeFlag = "none",
     weights: flags.WeightsFlag = "checkpoint",
     ranks: flags.RanksFlag = None,
-    ulysses: flags.UlyssesFlag = None,
-    ring: flags.RingFlag = None,
-    cfg_degree: flags.CfgFlag = None,
-    decode: Annotated[bool, typer.Option(help="Make pixels and segments, too, on rank 0.")] = True,
+    ray: flags.RayFlag = None,
+    ulysses: flags.UlyssesFlag = AUTO,
+    ring: flags.RingFlag = AUTO,
+    cfg_degree: flags.CfgFlag = AUTO,
+    symmetric_memory: Annotated[
+        bool, typer.Option("--symmetric-memory", help="--ulysses writes into other ranks' memory where it can.")
+    ] = False,
+    decode: Annotated[bool, typer.Option(help="Make pixels, shared by the ranks, and segments, too.")] = True,
     warmup: Annotated[int, typer.Option(min=1, help="Chunks of each video that do not count.")] = 2,
     repeat: Annotated[int, typer.Option(min=1, help="Videos, or batches of them; medians with range.")] = 3,
     compare: Annotated[
@@ -44,6 +50,10 @@ def bench_throughput(
     """Make videos offline, on one rank or on several that share each forward, and count frames per second."""
     if warmup >= chunks:
         raise InvalidRequestError(f"warmup {warmup}: must leave one of {chunks} chunks to be counted", param="warmup")
+    if ray and ranks is not None:
+        raise InvalidRequestError("ray: has ranks of its own, num_dit_ranks; leave out ranks", param="ray")
+    if ray and compare is not None:
+        raise InvalidRequestError("compare: not with ray; compare without it, into the same file", param="compare")
     if ranks is not None and not is_in_torchrun():
         start_ranks(parse_counts("ranks", ranks), sys.argv[1:])
         return
@@ -52,7 +62,8 @@ def bench_throughput(
     run_throughput(
         ThroughputRun(
             model=flags.model_of(model, device, dtype, quantize, weights),
-            degrees=flags.degrees_of(cfg_degree, ring, ulysses),
+            cluster=flags.cluster_of(ray) if ray else None,
+            degrees=replace(flags.degrees_of(cfg_degree, ring, ulysses), symmetric_memory=symmetric_memory),
             workload=flags.Workload(
                 num_chunks=chunks,
                 size=size,

@@ -14,20 +14,22 @@ _COLOURS = ("#2563eb", "#ea580c", "#15803d", "#9333ea", "#0f766e", "#be123c")
 
 
 def scaling_plot(result: Mapping[str, Any]) -> str:
-    """Of the forwards alone, as decoding is on one rank only. Dotted: the first point times its ranks."""
+    """Of the forwards alone; of whole videos in a file that has nothing else. Dotted: the first point times its
+    ranks."""
+    has_steps = any(point["dit_fps"] is not None for point in result["points"])
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for point in result["points"]:
-        if point["dit_fps"] is None:
-            continue
-        lines.setdefault(_label(point["cell"]), []).append(point)
+        rate = point["dit_fps" if has_steps else "video_fps"]
+        if rate is not None:
+            lines.setdefault(_label(point["cell"]), []).append({"cell": point["cell"], "fps": rate})
     points = [point for line in lines.values() for point in line]
     most_ranks = max(point["cell"]["ranks"] for point in points)
-    highest = 1.05 * max(*(max(point["dit_fps"]) for point in points), *(_ideal(line)[1][1] for line in lines.values()))
+    highest = 1.05 * max(*(max(point["fps"]) for point in points), *(_ideal(line)[1][1] for line in lines.values()))
     params = result["params"]
     heading = f"{result['model']['name']} on {result['device']}, {params['size']}, steps {params['steps']}"
     parts = [
         _text(_LEFT - 40, 24, heading, weight="bold"),
-        _text(_LEFT - 40, 46, "DiT frames per second of all streams"),
+        _text(_LEFT - 40, 46, f"{'DiT' if has_steps else 'whole videos,'} frames per second of all streams"),
         _text(_WIDTH / 2, _HEIGHT - 16, "ranks", anchor="middle"),
     ]
     frame = _Frame(most_ranks, highest)
@@ -64,7 +66,7 @@ class _Frame:
 def _ideal(line: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, float], tuple[int, float]]:
     """Ranks and rate of the line's first point, and what its last one would have if every rank gave as much."""
     ranks = [point["cell"]["ranks"] for point in line]
-    start = min(line, key=lambda point: int(point["cell"]["ranks"]))["dit_fps"][0]
+    start = min(line, key=lambda point: int(point["cell"]["ranks"]))["fps"][0]
     return (min(ranks), start), (max(ranks), start * max(ranks) / min(ranks))
 
 
@@ -75,12 +77,12 @@ def _label(cell: Mapping[str, Any]) -> str:
 def _drawn(frame: _Frame, label: str, line: Sequence[Mapping[str, Any]], index: int) -> list[str]:
     colour = _COLOURS[index % len(_COLOURS)]
     ordered = sorted(line, key=lambda point: int(point["cell"]["ranks"]))
-    best = {point["cell"]["ranks"]: point for point in sorted(line, key=lambda point: float(point["dit_fps"][0]))}
-    places = [(frame.x(ranks), frame.y(best[ranks]["dit_fps"][0])) for ranks in sorted(best)]
+    best = {point["cell"]["ranks"]: point for point in sorted(line, key=lambda point: float(point["fps"][0]))}
+    places = [(frame.x(ranks), frame.y(best[ranks]["fps"][0])) for ranks in sorted(best)]
     parts = [_line(places, colour, width=2)]
     parts.append(_line([(frame.x(ranks), frame.y(fps)) for ranks, fps in _ideal(line)], colour, dashes="2 4"))
     for point in ordered:
-        middle, low, high = point["dit_fps"]
+        middle, low, high = point["fps"]
         x = frame.x(point["cell"]["ranks"])
         told = f"{label}, {point['cell']['degrees']}: {middle:.3g} ({low:.3g} to {high:.3g})"
         parts.append(_line([(x, frame.y(low)), (x, frame.y(high))], colour))

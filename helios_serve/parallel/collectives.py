@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -89,11 +89,17 @@ def connect_torchrun(timeout_s: float = TIMEOUT_S) -> RankGroup:
     )
 
 
+class Waitable(Protocol):
+    """`dist.Work`, or what behaves like it."""
+
+    def wait(self) -> object: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """Rows on their way between two ranks. Both tensors belong to it until `wait` returns."""
 
-    works: tuple[dist.Work, ...] = ()
+    works: tuple[Waitable, ...] = ()
 
     def wait(self) -> None:
         """Until what was received may be read and what was sent may be overwritten: by the host on CPU, by what is
@@ -119,6 +125,14 @@ class Axis:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    def meet(self, device: torch.device) -> None:
+        """Hears once from every rank, so that the first exchange does not wait for links to be made.
+
+        Raises: RuntimeError when a rank cannot be reached.
+        """
+        met = self.all_gather(torch.tensor([self.rank], device=device)).tolist()
+        assert met == list(range(self.size)), f"ranks {met}: not in the order of their axis"
 
     def all_to_all(self, blocks: Tensor) -> Tensor:
         """(p, ...) with block i for rank i -> (p, ...) with block i from rank i. Contiguous, one shape on all ranks."""
@@ -157,6 +171,11 @@ class Axis:
 
 ALONE = Axis()
 """The axis of one rank."""
+
+
+def backend_of(device: torch.device) -> str:
+    """What carries tensors of a device: nccl for GPUs, gloo for CPUs."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def make_axis(lines: Sequence[Sequence[int]], rank: int, backend: str, timeout_s: float = TIMEOUT_S) -> Axis:

@@ -1,7 +1,7 @@
 """How the ranks of a DiT group share a forward: pairs of guidance x ring x Ulysses.
 
-Knows degrees, heads and nodes; knows nothing of tokens. Ranks are counted with Ulysses innermost, so that its exchanges
-stay inside a node and only the ring crosses to another one.
+Knows degrees, heads, nodes and links; knows nothing of tokens. Ranks are counted with Ulysses innermost, so that its
+exchanges stay inside a node and only the ring crosses to another one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from helios_serve.config import FREE_DEGREES, GivenDegrees
 from helios_serve.parallel.collectives import ALONE, Axis, RankGroup, make_axis
+from helios_serve.parallel.links import ASSUMED_LINKS, Link, Links
 
 CFG_DEGREES = (1, 2)
 
@@ -41,9 +42,18 @@ class Degrees:
 
     @property
     def rows_sent(self) -> float:
-        """What a rank sends in one layer for each token that it holds, as rows of the transformer's width: queries,
-        keys, values and results over Ulysses, keys and values around the ring."""
-        return 4 * (self.ulysses - 1) / self.ulysses + 2 * (self.ring - 1)
+        """What a rank sends in one layer for each token that it holds, as rows of the transformer's width."""
+        return self.ulysses_rows + self.ring_rows
+
+    @property
+    def ulysses_rows(self) -> float:
+        """Queries, keys, values and results, but for those that stay."""
+        return 4 * (self.ulysses - 1) / self.ulysses
+
+    @property
+    def ring_rows(self) -> float:
+        """Keys and values, to every other rank of the ring."""
+        return 2.0 * (self.ring - 1)
 
     def __str__(self) -> str:
         return f"cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
@@ -70,12 +80,16 @@ def choose_degrees(
     *,
     is_guided: bool,
     given: GivenDegrees = FREE_DEGREES,
+    links: Links = ASSUMED_LINKS,
 ) -> Degrees:
-    """The degrees that send the fewest bytes: guidance first, as its halves exchange nothing but results, then Ulysses
-    as far as heads and the node allow, and the ring for what is left.
+    """The degrees whose exchanges take the least time: guidance first, as its halves exchange nothing but results, then
+    Ulysses as far as heads and the node allow, and the ring for what is left.
+
+    Ulysses goes over slower links between nodes only if nothing else fits: attention waits for all that it sends, and
+    for the ring only where that is slower than attention.
 
     Args:
-        ranks_per_node: ranks that a fast link joins.
+        ranks_per_node: ranks that `links.inside` joins.
         is_guided: whether most requests have two sequences; else no half of the group is set aside unless it is given.
         given: wins over what would be chosen.
 
@@ -90,10 +104,29 @@ def choose_degrees(
         )
 
     def preference(degrees: Degrees) -> tuple[bool, bool, float, int]:
-        is_over_nodes = num_ranks > ranks_per_node and ranks_per_node % degrees.ulysses > 0
-        return (degrees.cfg == 2 and not is_guided, is_over_nodes, degrees.rows_sent, -degrees.ulysses)
+        is_over_nodes = links.is_slower_across and not _is_inside(degrees.ulysses, num_ranks, ranks_per_node)
+        seconds = seconds_per_row_byte(degrees, ranks_per_node, links)
+        return (degrees.cfg == 2 and not is_guided, is_over_nodes, seconds, -degrees.ulysses)
 
     return min(wanted, key=preference)
+
+
+def seconds_per_row_byte(degrees: Degrees, ranks_per_node: int, links: Links) -> float:
+    """How long one layer's exchanges have the links, for each token that a rank holds and each byte of its row; where
+    speeds are not known, in a unit of its own."""
+    num_ranks, span = degrees.num_ranks, degrees.ulysses * degrees.ring
+    ulysses = links.inside if _is_inside(degrees.ulysses, num_ranks, ranks_per_node) else links.across
+    ring = links.inside if _is_inside(span, num_ranks, ranks_per_node) else links.across
+    return degrees.ulysses_rows / _bytes_per_s(ulysses) + degrees.ring_rows / _bytes_per_s(ring)
+
+
+def _is_inside(span: int, num_ranks: int, ranks_per_node: int) -> bool:
+    """Whether no line of so many neighbouring ranks leaves its node."""
+    return num_ranks <= ranks_per_node or ranks_per_node % span == 0
+
+
+def _bytes_per_s(link: Link) -> float:
+    return 1.0 if link.gb_per_s is None else 1e9 * link.gb_per_s
 
 
 def possible_degrees(num_ranks: int, num_heads: int) -> tuple[Degrees, ...]:
@@ -137,8 +170,7 @@ class Mesh:
         Raises: RuntimeError when a rank cannot be reached.
         """
         for axis in (self.cfg, self.ring, self.ulysses, self.tokens):
-            met = axis.all_gather(torch.tensor([axis.rank], device=device)).tolist()
-            assert met == list(range(axis.size)), f"ranks {met}: not in the order of their axis"
+            axis.meet(device)
 
 
 SOLO = Mesh()

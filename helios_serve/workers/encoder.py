@@ -16,10 +16,11 @@ from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.model_executor.byte_cache import ByteCache
 from helios_serve.model_executor.conditioning import Conditioning, starting_history
 from helios_serve.model_executor.history import History
-from helios_serve.model_executor.memory import retry_out_of_memory
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding
 from helios_serve.model_executor.text_encoder import TextEncoder, clean_prompt
 from helios_serve.model_executor.vae import WanVAE
+from helios_serve.model_executor.vae_spread import with_retry
+from helios_serve.parallel.collectives import ALONE, Axis
 from helios_serve.types import Phase, VideoRequest
 from helios_serve.workers.records import history_of
 
@@ -39,14 +40,23 @@ class EncoderWorker:
     Args:
         cache_bytes: limit of the kept embeddings (4 MiB each at 512 x 4096 bfloat16).
         faults: visited at `text.encode`, once for each request, with request_id and prompt (the first one).
+        axis: its ranks share the encoding of images and videos, and each has the result; they encode the same requests
+            in the same order.
     """
 
     def __init__(
-        self, text_encoder: TextEncoder, vae: WanVAE, cache_bytes: int = 1 << 30, faults: FaultPlan = NO_FAULTS
+        self,
+        text_encoder: TextEncoder,
+        vae: WanVAE,
+        cache_bytes: int = 1 << 30,
+        *,
+        faults: FaultPlan = NO_FAULTS,
+        axis: Axis = ALONE,
     ) -> None:
         self._text_encoder = text_encoder
         self._vae = vae
         self._faults = faults
+        self._axis = axis
         self._embeddings = ByteCache[PromptEmbedding](cache_bytes)
         self._device = next(vae.parameters()).device
 
@@ -59,9 +69,10 @@ class EncoderWorker:
         Args:
             earlier: a result for the same request, of which only the prompts are made anew.
 
-        Raises: ValueError when the request begins from a record that is none.
+        Raises: ValueError when the request begins from a record that is none; GroupBrokenError for whatever goes wrong
+            on one of several ranks.
         """
-        return retry_out_of_memory(lambda: self._encode(request, earlier))
+        return with_retry(lambda: self._encode(request, earlier), self._axis)
 
     def _encode(self, request: VideoRequest, earlier: Conditioning | None) -> EncodeResult:
         started_s = time.time()
@@ -95,7 +106,7 @@ class EncoderWorker:
     def _history(self, request: VideoRequest, generator: torch.Generator) -> History:
         if request.start is not None:
             return history_of(request.start.record, self._device)
-        return starting_history(request, self._vae, generator)
+        return starting_history(request, self._vae, generator, self._axis)
 
     def _embed(self, prompt: str) -> PromptEmbedding:
         cleaned = clean_prompt(prompt)

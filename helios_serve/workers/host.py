@@ -9,16 +9,17 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import torch
 
 from helios_serve.model_executor.model import Checkpoint, open_checkpoint
+from helios_serve.parallel.collectives import GroupBrokenError, RankGroup
 from helios_serve.types import ExecutorEvent, RoleTask, Signal, TensorRef
 from helios_serve.workers.failure import task_failed
 from helios_serve.workers.payload import Payload
 from helios_serve.workers.ray_wire import HostSpec, Outbox
+from helios_serve.workers.shared_order import SharedOrder
 
 T = TypeVar("T")
 Fetch = Callable[[TensorRef], Payload]
@@ -54,7 +55,7 @@ def load_host(spec: HostSpec, outbox: Outbox, address: str) -> Host:
 
     Args:
         outbox: takes the events that answer no task.
-        address: where the ranks of a DiT group meet.
+        address: where the ranks of a group meet.
 
     Raises: CheckpointError for a checkpoint that cannot be served; RuntimeError when another rank does not come.
     """
@@ -72,16 +73,24 @@ def load_host(spec: HostSpec, outbox: Outbox, address: str) -> Host:
         return EncoderHost(spec, checkpoint)
     from helios_serve.workers.vae_host import VaeHost
 
-    return VaeHost(spec, checkpoint)
+    return VaeHost(spec, checkpoint, address)
 
 
 class PoolHost(ABC):
-    """A role whose worker does one task after the other on its device."""
+    """A role whose worker does one task after the other on its device. Of several ranks, which share each task, every
+    one is given every task, and rank 0 answers.
+
+    Args:
+        ranks: this rank's place in its group.
+    """
 
     golden = None
 
-    def __init__(self) -> None:
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="helios-compute")
+    def __init__(self, ranks: RankGroup) -> None:
+        self._ranks = ranks
+        self._order = SharedOrder(ranks)
+        self._thread = threading.Thread(target=self._run_order, name="helios-compute", daemon=True)
+        self._ended: Exception | None = None
         self._lock = threading.Lock()
         self._task_ids: dict[str, None] = {}
         self._progress = 0
@@ -96,14 +105,18 @@ class PoolHost(ABC):
             return tuple(self._task_ids)
 
     def start(self) -> None:
-        assert self._progress == 0
+        self._thread.start()
 
     def run(self, task: RoleTask, fetch: Fetch, key: str) -> tuple[ExecutorEvent | None, Payload | None]:
         with self._lock:
             self._task_ids[task.task_id] = None
         try:
             return self._do(task, fetch, key)
+        except GroupBrokenError:
+            raise
         except Exception as error:
+            if self._ranks.rank > 0:
+                raise  # rank 0 may count on this rank
             return task_failed(task.task_id, error), None
         finally:
             with self._lock:
@@ -117,14 +130,25 @@ class PoolHost(ABC):
         raise AssertionError(f"check {number}: only DiT ranks have a golden chunk")
 
     def join(self) -> None:
-        threading.Event().wait()
+        self._thread.join()
+        raise RuntimeError(f"the work of rank {self._ranks.rank} ended: {self._ended!r}") from self._ended
 
-    def _compute(self, work: Callable[[], T]) -> T:
-        """Does the part that needs the device, in its turn."""
-        return self._device.submit(work).result()
+    def _run_order(self) -> None:
+        try:
+            self._order.run()
+        except Exception as error:
+            self._ended = error
+
+    def _compute(self, task: RoleTask, work: Callable[[], T]) -> T:
+        """Does the part that needs the device, in its turn.
+
+        Raises: what `work` raises; on one of several ranks, GroupBrokenError in its place.
+        """
+        return self._order.submit(task.task_id, work).result()
 
     @abstractmethod
-    def _do(self, task: RoleTask, fetch: Fetch, key: str) -> tuple[ExecutorEvent, Payload | None]: ...
+    def _do(self, task: RoleTask, fetch: Fetch, key: str) -> tuple[ExecutorEvent | None, Payload | None]:
+        """What `run` returns."""
 
 
 def wait_for_memory(checkpoint: Checkpoint, *folders: str) -> None:

@@ -1,4 +1,4 @@
-"""The executor of several processes and nodes: every worker is a Ray actor, every DiT group a placement group.
+"""The executor of several processes and nodes: every worker is a Ray actor, every group of ranks a placement group.
 
 One thread runs everything here, on an event loop of its own: it starts groups, passes tasks on, hears beats and deaths,
 kills and replaces. Knows nothing of requests, scheduling or tensors; references are Ray objects that this process owns,

@@ -50,7 +50,7 @@ def seats(config: ExecutorConfig) -> list[Seat]:
     plan: list[tuple[Role, int, int, float, float]] = [
         ("encoder", config.num_encoders, 1, config.cpus_per_encoder, config.gpus_per_encoder),
         ("dit", config.num_dit_groups, config.num_dit_ranks, config.cpus_per_rank, config.gpus_per_rank),
-        ("vae", config.num_vaes, 1, config.cpus_per_vae, config.gpus_per_vae),
+        ("vae", config.num_vaes, config.num_vae_ranks, config.cpus_per_vae, config.gpus_per_vae),
     ]
     return [
         Seat(group=f"{role}-{index}", role=role, num_ranks=num_ranks, degrees=config.degrees, cpus=cpus, gpus=gpus)
@@ -79,7 +79,7 @@ class Life:
         Raises: RayError when one dies; RuntimeError for another version of the code on a node.
         """
         seat = self.seat
-        if seat.role == "dit":
+        if seat.role == "dit" or seat.num_ranks > 1:
             self._placement = placement_group([seat.needs] * seat.num_ranks, strategy="STRICT_PACK")
         for rank in range(seat.num_ranks):
             spec = HostSpec(

@@ -17,8 +17,9 @@ from torch import Tensor
 from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.kernels.yuv import rgb_to_yuv420
 from helios_serve.model_executor.digest import latents_digest
-from helios_serve.model_executor.memory import retry_out_of_memory
 from helios_serve.model_executor.vae import WanVAE
+from helios_serve.model_executor.vae_spread import decode_whole, with_retry
+from helios_serve.parallel.collectives import ALONE, Axis
 from helios_serve.types import FRAMES_PER_CHUNK, Decoded, DecodeTask, Phase, SamplingParams, Segment
 from helios_serve.workers.copy_out import CopyRing, HostCopy, lane_of
 from helios_serve.workers.segment import SegmentSpec, encode_segment
@@ -40,11 +41,13 @@ class VaeWorker:
 
     Args:
         faults: visited at `vae.decode` with request_id and chunk.
+        axis: its ranks share each decode, and each has the pixels; they decode the same latents in the same order.
     """
 
-    def __init__(self, vae: WanVAE, faults: FaultPlan = NO_FAULTS) -> None:
+    def __init__(self, vae: WanVAE, faults: FaultPlan = NO_FAULTS, axis: Axis = ALONE) -> None:
         self._vae = vae
         self._faults = faults
+        self._axis = axis
         self._weight = next(vae.parameters())
         self._copies = CopyRing(lane_of(self._weight.device))
 
@@ -54,15 +57,30 @@ class VaeWorker:
 
     @torch.inference_mode()
     def decode_pictures(self, task: DecodeTask, latents: Tensor) -> Pictures:
-        """The half that needs the device: latents [C, 9, h, w] -> YUV pictures, made but maybe still on their way."""
-        return retry_out_of_memory(lambda: self._decode_pictures(task, latents))
+        """The half that needs the device: latents [C, 9, h, w] -> YUV pictures, made but maybe still on their way.
+
+        Raises: GroupBrokenError for whatever goes wrong on one of several ranks.
+        """
+        return with_retry(lambda: self._decode_pictures(task, latents), self._axis)
+
+    @torch.inference_mode()
+    def help_decode(self, task: DecodeTask, latents: Tensor) -> None:
+        """A rank's share of `decode_pictures` on another one, which has the pictures.
+
+        Raises: GroupBrokenError for whatever goes wrong.
+        """
+        with_retry(lambda: self._decode_task(task, latents), self._axis)
 
     def _decode_pictures(self, task: DecodeTask, latents: Tensor) -> Pictures:
         started_s = time.time()
-        self._faults.at("vae.decode", request_id=task.request_id, chunk=task.chunk)
-        copy = self._copies.start(_to_yuv(self.decode(latents), task.chunk, task.params), latents.float())
+        pixels = self._decode_task(task, latents)
+        copy = self._copies.start(_to_yuv(pixels, task.chunk, task.params), latents.float())
         copy.wait_computed()  # until then the device is this decode's, and a step that it goes before waits
         return Pictures(copy=copy, phase=Phase(name="decode", started_s=started_s, ended_s=time.time()))
+
+    def _decode_task(self, task: DecodeTask, latents: Tensor) -> Tensor:
+        self._faults.at("vae.decode", request_id=task.request_id, chunk=task.chunk)
+        return self.decode(latents)
 
     def encode_pictures(self, task: DecodeTask, pictures: Pictures) -> Decoded:
         """The half that needs a processor core: pictures -> segment."""
@@ -77,7 +95,7 @@ class VaeWorker:
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [C, 9, h, w] -> pixels [33, 3, H, W] in [-1, 1], in the decoder's dtype."""
         own = latents.to(self._weight.device, self._weight.dtype)[None]
-        pixels = self._vae.decode(self._vae.denormalize(own))
+        pixels = decode_whole(self._vae, self._vae.denormalize(own), self._axis)
         return pixels[0].transpose(0, 1)
 
     @torch.inference_mode()

@@ -21,8 +21,8 @@ from starlette.testclient import TestClient
 
 from helios_serve.config import EngineConfig, ModelConfig
 from helios_serve.engine.async_engine import AsyncEngine
+from helios_serve.executors import cost_model, local_executor
 from helios_serve.model_executor.model import load_model
-from helios_serve.server import cost_model, local_executor
 from helios_serve.store.connect import StoreConfig, open_stores
 from helios_serve.store.errors import StoreStartError
 from helios_serve.telemetry import Metrics

@@ -29,8 +29,8 @@ from helios_serve.api.session import SessionConfig
 from helios_serve.config import EngineConfig, ModelConfig
 from helios_serve.engine.async_engine import AsyncEngine
 from helios_serve.errors import CapacityError
+from helios_serve.executors import cost_model, local_executor
 from helios_serve.model_executor.model import load_model
-from helios_serve.server import cost_model, local_executor
 from helios_serve.store.connect import StoreConfig, open_stores
 from helios_serve.telemetry import Metrics
 from helios_serve.workers import stills

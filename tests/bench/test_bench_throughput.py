@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from helios_serve.bench.cli import bench_app
 from helios_serve.bench.rank_engine import ChunkTimes, RankEngine, VideoTimes
-from helios_serve.bench.rank_work import Workload
+from helios_serve.bench.rank_work import Workload, cluster_of
 from helios_serve.bench.throughput import Cell, Point, alone_of, merged, point_of
 from helios_serve.bench.throughput_plot import scaling_plot
 from helios_serve.config import ModelConfig
@@ -63,6 +63,27 @@ def test_the_plot_has_a_mark_for_each_point_of_the_forwards() -> None:
     marks = picture.findall(".//{http://www.w3.org/2000/svg}circle")
     assert len(marks) == 2
     assert all(0 < float(mark.attrib["cx"]) < 760 and 60 < float(mark.attrib["cy"]) < 361 for mark in marks)
+
+
+def test_a_file_of_whole_videos_alone_is_plotted() -> None:
+    cell = replace(ONE, engine="helios_serve on Ray")
+    points = [replace(point(replace(cell, ranks=ranks), 10.0 * ranks), dit_fps=None) for ranks in (1, 2)]
+    picture = scaling_plot(merged(None, ABOUT, "a", points))
+    assert "whole videos, frames per second" in picture
+    assert len(ElementTree.fromstring(picture).findall(".//{http://www.w3.org/2000/svg}circle")) == 2
+
+
+def test_settings_of_a_cluster_are_read_by_name() -> None:
+    found = cluster_of(["num_dit_groups=2", "ulysses=auto", "gpus_per_rank=0.5", "symmetric_memory=true"])
+    assert (found.num_dit_groups, found.ulysses, found.gpus_per_rank) == (2, "auto", 0.5)
+    assert found.symmetric_memory
+    for setting, said in (
+        ("groups=2", "there are num_encoders"),
+        ("num_vaes=x", "no value"),
+        ("num_vaes=0", "least 1"),
+    ):
+        with pytest.raises(InvalidRequestError, match=said):
+            cluster_of([setting])
 
 
 SMALL = ("--size", "64x64", "--steps", "1,1,1", "--chunks", "2", "--warmup", "1", "--repeat", "1", "--device", "cpu")
@@ -117,3 +138,26 @@ def test_every_chunk_cannot_be_warm_up(tiny_distilled: Path, tmp_path: Path) -> 
         throughput(tiny_distilled, tmp_path / "a.json", "--warmup", "2")
     with pytest.raises(InvalidRequestError, match="batch 0: must be whole numbers from 1"):
         throughput(tiny_distilled, tmp_path / "a.json", "--batch", "0")
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray")
+@pytest.mark.timeout(400)
+def test_on_a_cluster_whole_videos_are_timed(tiny_distilled: Path, tmp_path: Path) -> None:
+    """Two DiT groups share three videos; the plot has their point."""
+    out = tmp_path / "cluster.json"
+    ray = [part for setting in ("num_dit_groups=2", "object_store_bytes=200000000") for part in ("--ray", setting)]
+    asked = ["throughput", "--model", str(tiny_distilled), *SMALL, "--batch", "3", *ray, "--out", str(out)]
+    answer = CliRunner().invoke(bench_app, asked)
+    assert answer.exit_code == 0, answer.output
+    (made,) = json.loads(out.read_text())["points"]
+    assert made["cell"] == {
+        "engine": "helios_serve on Ray",
+        "ranks": 2,
+        "degrees": "2 x 1, 1 x 1 VAE",
+        "batch": 3,
+        "precision": "float32",
+    }
+    assert made["video_fps"][0] > 0
+    assert made["dit_fps"] is None
+    assert out.with_suffix(".svg").is_file()

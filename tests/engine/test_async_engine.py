@@ -16,11 +16,11 @@ from torch import Tensor
 from helios_serve.config import EngineConfig, ModelConfig
 from helios_serve.engine.async_engine import AsyncEngine
 from helios_serve.errors import CapacityError, GenerationError, InvalidRequestError
+from helios_serve.executors import cost_model
 from helios_serve.faults import Fault, FaultPlan
 from helios_serve.model_executor.model import HeliosModel, load_model
 from helios_serve.model_executor.runner import Runner, StepResult
 from helios_serve.offline import Helios
-from helios_serve.server import cost_model
 from helios_serve.telemetry import Metrics
 from helios_serve.types import (
     Completed,

@@ -16,10 +16,10 @@ import pytest
 
 from helios_serve.config import EngineConfig, ExecutorConfig, ModelConfig
 from helios_serve.engine.async_engine import AsyncEngine
+from helios_serve.executors import cost_model
 from helios_serve.faults import Fault, FaultPlan
 from helios_serve.model_executor.model import load_model
 from helios_serve.offline import Helios
-from helios_serve.server import cost_model
 from helios_serve.telemetry import Metrics
 from helios_serve.types import (
     Completed,

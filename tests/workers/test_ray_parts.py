@@ -6,7 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -106,7 +106,15 @@ def test_only_the_very_process_is_killed() -> None:
 
 @pytest.mark.parametrize(
     "field",
-    [{"num_vaes": 0}, {"gpus_per_rank": 1.5}, {"cpus_per_vae": 0.0}, {"beat_s": 0.0}, {"object_store_bytes": 1}],
+    [
+        {"num_vaes": 0},
+        {"num_vae_ranks": 0},
+        {"gpus_per_rank": 1.5},
+        {"gpus_per_vae": 0.5, "num_vae_ranks": 2},  # two ranks would share a GPU
+        {"cpus_per_vae": 0.0},
+        {"beat_s": 0.0},
+        {"object_store_bytes": 1},
+    ],
 )
 def test_a_cluster_that_cannot_be_is_refused(field: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):
@@ -121,3 +129,4 @@ def test_a_ray_client_address_is_refused() -> None:
 def test_cores_of_all_workers() -> None:
     config = ExecutorConfig(num_dit_groups=2, num_dit_ranks=2, num_vaes=2, cpus_per_encoder=0.5, cpus_per_vae=2)
     assert config.num_cpus == 9
+    assert replace(config, num_vae_ranks=3).num_cpus == 17
