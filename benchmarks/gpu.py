@@ -44,9 +44,9 @@ def gates() -> tuple[Gate, ...]:
 
 def sections() -> tuple[Section, ...]:
     """All measurements, the most valuable first."""
-    from benchmarks import micro, model, rivals  # see above
+    from benchmarks import fp8_attention, graphs, micro, model, rivals  # see above
 
-    found = (*micro.SECTIONS, *model.SECTIONS, *rivals.SECTIONS)
+    found = (*micro.SECTIONS, *model.SECTIONS, *graphs.SECTIONS, *fp8_attention.SECTIONS, *rivals.SECTIONS)
     return tuple(sorted(found, key=lambda section: section.value_rank))
 
 

@@ -64,7 +64,7 @@ def measure_forwards(bench: Bench) -> list[Measurement]:
     """Each stage twice, as the spread between the two says what is noise; then where the time goes."""
     measurements = []
     for stage in STAGES:
-        inputs = [_inputs(bench, (stage,), number) for number in range(_NUM_INPUTS)]
+        inputs = [packed_inputs(bench, (stage,), number) for number in range(_NUM_INPUTS)]
         count = max(2, bench.sizes.repetitions // (2 if stage < 2 else 4))
         first, second = (_time_forward(bench, inputs, count) for _ in range(2))
         spread = abs(first.median / second.median - 1)
@@ -79,8 +79,8 @@ def measure_forward_parts(bench: Bench) -> list[Measurement]:
     """Kernel time of one forward by class, launches, and the share of the time in which no kernel runs."""
     measurements = []
     for stage in STAGES:
-        inputs = _inputs(bench, (stage,), 0)
-        run = partial(_forward(bench, [inputs]), 0)
+        inputs = packed_inputs(bench, (stage,), 0)
+        run = partial(forward_of(bench, [inputs]), 0)
         run()
         seen = trace(bench.device, run)
         details = {
@@ -104,9 +104,9 @@ def measure_packs(bench: Bench) -> list[Measurement]:
         if measurements and bench.remaining_s < (8 if bench.sizes.is_full else 0):
             break
         if stage not in alone:
-            alone[stage] = _time_forward(bench, [_inputs(bench, (stage,), 0)], _few(bench)).median
-        inputs = [_inputs(bench, (stage,) * size, 0)]
-        samples = _time_forward(bench, inputs, _few(bench))
+            alone[stage] = _time_forward(bench, [packed_inputs(bench, (stage,), 0)], few(bench)).median
+        inputs = [packed_inputs(bench, (stage,) * size, 0)]
+        samples = _time_forward(bench, inputs, few(bench))
         details = {"speed_up": alone[stage] * size / samples.median, "alone_ms": alone[stage]}
         name = f"dit/pack_ms/stage{stage}/x{size}"
         measurements.append(Measurement(name=name, unit="ms", samples=samples, details=details))
@@ -116,10 +116,10 @@ def measure_packs(bench: Bench) -> list[Measurement]:
 def measure_fp8(bench: Bench) -> list[Measurement]:
     """Forwards with quantised blocks, then chunks; both against bf16 in the same run."""
     transformer = random_model.transformer_of(bench)
-    _require_fp8(bench)
+    require_fp8(bench)
     measurements = []
-    inputs = {stage: [_inputs(bench, (stage,), number) for number in range(_NUM_INPUTS)] for stage in STAGES}
-    plain = {stage: _time_forward(bench, inputs[stage], _few(bench)).median for stage in STAGES}
+    inputs = {stage: [packed_inputs(bench, (stage,), number) for number in range(_NUM_INPUTS)] for stage in STAGES}
+    plain = {stage: _time_forward(bench, inputs[stage], few(bench)).median for stage in STAGES}
     with torch.inference_mode():
         wanted = transformer(*inputs[0][0])
     with quantised(transformer, NUM_EDGE_BLOCKS if bench.sizes.is_full else 1):
@@ -127,7 +127,7 @@ def measure_fp8(bench: Bench) -> list[Measurement]:
             error = float((transformer(*inputs[0][0]) - wanted).float().norm() / wanted.float().norm())
         total = 0.0
         for stage in STAGES:
-            samples = _time_forward(bench, inputs[stage], _few(bench))
+            samples = _time_forward(bench, inputs[stage], few(bench))
             total += samples.median
             details = {"bf16_ms": plain[stage], "speed_up": plain[stage] / samples.median, "relative_error": error}
             name = f"dit/forward_fp8_ms/stage{stage}"
@@ -151,7 +151,7 @@ def measure_decode(bench: Bench) -> list[Measurement]:
         vae = random_model.vae_of(bench, options)
         latents = _latents(bench, vae)
         run = _no_grad(lambda number, vae=vae, latents=latents: vae.decode(latents[number % len(latents)]))
-        samples = bench.clock.measure(run, repetitions=_few(bench))
+        samples = bench.clock.measure(run, repetitions=few(bench))
         name = f"vae/decode_ms/{label}"
         measurements.append(Measurement(name=name, unit="ms", samples=samples, details=_psnr(bench, label), **targets))
         if label == "bf16":
@@ -168,7 +168,7 @@ def measure_encode(bench: Bench) -> list[Measurement]:
         shape = (1, 3, num_frames, bench.sizes.height, bench.sizes.width)
         pixels = [torch.rand(shape, generator=generator, device=bench.device) * 2 - 1 for _ in range(_NUM_INPUTS)]
         run = _no_grad(lambda number, pixels=pixels: vae.encode(pixels[number % len(pixels)], ENCODE_SLAB_FRAMES))
-        samples = bench.clock.measure(run, repetitions=_few(bench))
+        samples = bench.clock.measure(run, repetitions=few(bench))
         name = f"vae/encode_ms/{num_frames}_frames"
         details = _encode_errors(bench, pixels[0]) if num_frames == 1 else {}
         measurements.append(Measurement(name=name, unit="ms", samples=samples, details=details, **targets))
@@ -196,7 +196,7 @@ def measure_memory(bench: Bench) -> list[Measurement]:
     measurements = [single("memory/dit_weights_gb", "GB", weights)]
     fast, exact = (random_model.vae_of(bench, options) for options in (random_model.FAST_VAE, PARITY))
     runs: list[tuple[str, Callable[[int], object]]] = [
-        (f"forward_stage{stage}_x{size}", _forward(bench, [_inputs(bench, (stage,) * size, 0)]))
+        (f"forward_stage{stage}_x{size}", forward_of(bench, [packed_inputs(bench, (stage,) * size, 0)]))
         for stage, size in ((0, 1), (1, 1), (2, 1), (2, 2))
     ]
     runs.append(("decode_bf16", _no_grad(lambda _: fast.decode(_latents(bench, fast)[0]))))
@@ -224,7 +224,7 @@ def quantised(transformer: HeliosTransformer, num_edge_blocks: int) -> Iterator[
             parent.register_module(own_name, linear)
 
 
-def _require_fp8(bench: Bench) -> None:
+def require_fp8(bench: Bench) -> None:
     """Raises: UnavailableError where there is no product of e4m3 matrices."""
     config = bench.sizes.transformer
     if config.dim % 16 or config.ffn_dim % 16:
@@ -233,11 +233,11 @@ def _require_fp8(bench: Bench) -> None:
         raise UnavailableError("FP8: a device of compute capability 8.9 or above")
 
 
-def _few(bench: Bench) -> int:
+def few(bench: Bench) -> int:
     return max(2, bench.sizes.repetitions // 4)
 
 
-def _inputs(bench: Bench, stages: Sequence[int], number: int) -> Inputs:
+def packed_inputs(bench: Bench, stages: Sequence[int], number: int) -> Inputs:
     """A pack of sequences with noise of their own, over one history and one prompt."""
     scene: Scene = bench.once("scene", lambda: Scene.of(bench))
     transformer = random_model.transformer_of(bench)
@@ -253,13 +253,13 @@ def _inputs(bench: Bench, stages: Sequence[int], number: int) -> Inputs:
         return pack(sequences, patch)
 
 
-def _forward(bench: Bench, inputs: Sequence[Inputs]) -> Callable[[int], object]:
+def forward_of(bench: Bench, inputs: Sequence[Inputs]) -> Callable[[int], object]:
     transformer = random_model.transformer_of(bench)
     return _no_grad(lambda number: transformer(*inputs[number % len(inputs)]))
 
 
 def _time_forward(bench: Bench, inputs: Sequence[Inputs], repetitions: int) -> Samples:
-    return bench.clock.measure(_forward(bench, inputs), repetitions=repetitions)
+    return bench.clock.measure(forward_of(bench, inputs), repetitions=repetitions)
 
 
 def _no_grad(run: Callable[..., object]) -> Callable[[int], object]:

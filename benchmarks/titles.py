@@ -6,6 +6,7 @@ import re
 
 _WORDS: tuple[tuple[str, str], ...] = (
     (r"chunk/fps/(\d)-(\d)-(\d)/fp8", r"frames per second, FP8, steps [\1,\2,\3], VAE included"),
+    (r"chunk/fps/(\d)-(\d)-(\d)/graphs", r"frames per second, CUDA graphs, steps [\1,\2,\3], VAE included"),
     (r"chunk/fps/(\d)-(\d)-(\d)", r"frames per second, steps [\1,\2,\3], VAE included"),
     (r"chunk/first_ms/(\d)-(\d)-(\d)", r"first chunk, steps [\1,\2,\3] twice, to 33 frames"),
     (r"chunk/idle_share/(\d)-(\d)-(\d)/fp8", r"chunk [\1,\2,\3] FP8: idle share of the GPU"),
@@ -13,7 +14,11 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"chunk/device_waits/(\d)-(\d)-(\d)/fp8", r"chunk [\1,\2,\3] FP8: waits for the GPU"),
     (r"chunk/device_waits/(\d)-(\d)-(\d)", r"chunk [\1,\2,\3]: waits for the GPU"),
     (r"dit/forward_ms/stage(\d)", r"forward, stage \1"),
+    (r"dit/graphs/forward_ms/stage(\d)", r"forward in a row of four, stage \1, by a CUDA graph"),
+    (r"dit/graphs/idle_share/stage(\d)", r"forward in a row of four, stage \1, by a CUDA graph: idle share of the GPU"),
     (r"dit/forward_fp8_ms/stage(\d)", r"forward, stage \1, FP8"),
+    (r"dit/forward_fp8_attention_ms/stage(\d)", r"forward, stage \1, attention in FP8"),
+    (r"dit/fp8_with_attention_speed_up/(\d)-(\d)-(\d)", r"FP8, attention too, over bf16, forwards of [\1,\2,\3]"),
     (r"dit/fp8_speed_up/(\d)-(\d)-(\d)", r"FP8 over bf16, forwards of [\1,\2,\3]"),
     (r"vae/decode_(?:kernel_)?ms/(\w+)", r"VAE decode of 33 frames, \1"),
     (r"vae/encode_ms/(\d+)_frames", r"VAE encode, frames: \1"),

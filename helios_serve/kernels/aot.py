@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from helios_serve.kernels import adaln_norm, cross_attention, vae_epilogue, vae_norm_silu, yuv
+from helios_serve.kernels.attention.quantize_heads import specialisations as head_quantising_specialisations
 from helios_serve.kernels.attention.triton_attention import specialisations as attending_specialisations
 from helios_serve.kernels.launch import RowPlan, Specialisation, read_tuned, row_key
 from helios_serve.kernels.merge_attention import specialisations as merging_specialisations
@@ -60,6 +61,7 @@ def all_specialisations() -> list[Specialisation]:
         *adaln_norm.specialisations(WIDTH),
         *qk_specialisations(WIDTH, HEAD_DIM),
         *quantising_specialisations(WIDTH, FFN_WIDTH),
+        *head_quantising_specialisations(WIDTH // HEAD_DIM, HEAD_DIM),
         *vae_norm_silu.specialisations(VAE_WIDTHS),
         *vae_epilogue.specialisations(VAE_WIDTHS),
         *yuv.specialisations(),

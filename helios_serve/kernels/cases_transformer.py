@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from helios_serve.kernels import adaln_norm, adaln_norm_fp8, gelu, reference, reference_fp8
+from helios_serve.kernels.attention.quantize_heads import launch_quantize_heads, quantize_heads
 from helios_serve.kernels.fp8 import FP8
 from helios_serve.kernels.op_case import OpCase, Shape, draw, poisoned, unwritten
 from helios_serve.kernels.qk_norm_rope import (
@@ -160,6 +162,19 @@ def _linear(shape: Shape, dtype: torch.dtype) -> list[Any]:
     return [draw((rows, inner), dtype), weight, poisoned(torch.randn(outer).to(dtype))]
 
 
+def _packed_heads(shape: Shape, dtype: torch.dtype) -> list[Any]:
+    """Queries as the fused projection leaves them: parts of wider rows, whose remainder is NaN. Heads differ in size,
+    and so do sequences. No entry is subnormal in e4m3: the interpreter rounds those in its own way."""
+    heads, head_dim, *lengths = shape
+    cu = [0, *accumulate(lengths)]
+    wider = unwritten((cu[-1], 3, heads, head_dim), dtype)
+    drawn = torch.randn(cu[-1], heads, head_dim)
+    wider[:, 1] = ((drawn + drawn.sign() / 16) * (1 + torch.arange(heads))[:, None]).to(dtype)
+    for sequence, (start, stop) in enumerate(pairwise(cu)):
+        wider[start:stop, 1] *= 2.0**sequence
+    return [wider[:, 1], cu]
+
+
 CASES = (
     OpCase(
         name="layer_norm_modulate",
@@ -277,6 +292,17 @@ CASES = (
         odd=((1, 40), (67, 96), (13, 130)),
         few=((1, 13824), (67, 13824)),
         served=((2940, 13824), (4560, 13824), (11040, 13824)),
+    ),
+    OpCase(
+        name="quantize_heads",
+        operator=quantize_heads,
+        launch=launch_quantize_heads,
+        reference=reference_fp8.quantize_heads,
+        inputs=_packed_heads,
+        is_exact=True,
+        odd=((1, 12, 1), (3, 40, 67, 130), (5, 24, 13, 0, 64, 65, 1)),
+        few=((40, 128, 1), (40, 128, 67, 130)),
+        served=tuple((40, 128, length) for length in (2940, 4560, 11040)),
     ),
     OpCase(
         name="qk_norm_rope",

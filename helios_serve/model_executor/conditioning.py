@@ -19,6 +19,8 @@ from helios_serve.model_executor.history import (
 )
 from helios_serve.model_executor.prompt_schedule import PromptEmbedding, embedding_at
 from helios_serve.model_executor.vae import WanVAE, sample_posterior
+from helios_serve.model_executor.vae_spread import encode_whole
+from helios_serve.parallel.collectives import ALONE, Axis
 from helios_serve.types import (
     FRAMES_PER_CHUNK,
     LATENT_FRAMES_PER_CHUNK,
@@ -75,22 +77,28 @@ def fresh_generator_state(seed: int) -> bytes:
     return torch.Generator().manual_seed(seed).get_state().numpy().tobytes()
 
 
-def starting_history(request: VideoRequest, vae: WanVAE, generator: torch.Generator) -> History:
-    """The history before the first chunk, drawing from `generator` as the reference does."""
+def starting_history(request: VideoRequest, vae: WanVAE, generator: torch.Generator, axis: Axis = ALONE) -> History:
+    """The history before the first chunk, drawing from `generator` as the reference does.
+
+    Args:
+        axis: its ranks share the encoding; they call with equal requests and generators.
+    """
     if request.image is not None:
-        return _image_history(request.image, request.params, vae, generator)
+        return _image_history(request.image, request.params, vae, generator, axis)
     if request.video is not None:
-        return _video_history(request.video, request.params, vae, generator)
+        return _video_history(request.video, request.params, vae, generator, axis)
     scale = vae.config.scale_factor_spatial
     height, width = request.params.height // scale, request.params.width // scale
     return empty_history(vae.config.z_dim, height, width, _device(vae))
 
 
-def _image_history(image: Frames, params: SamplingParams, vae: WanVAE, generator: torch.Generator) -> History:
+def _image_history(
+    image: Frames, params: SamplingParams, vae: WanVAE, generator: torch.Generator, axis: Axis
+) -> History:
     """Image-to-video: the image's latent is pinned, and the last frame of a still clip of it stands before chunk 0."""
     pixels = _to_pixels(image, vae)
-    first = _encode(vae, pixels, generator)
-    still = _encode(vae, pixels.expand(-1, -1, FRAMES_PER_CHUNK, -1, -1), generator)[:, :, -1:]
+    first = _encode(vae, pixels, generator, axis)
+    still = _encode(vae, pixels.expand(-1, -1, FRAMES_PER_CHUNK, -1, -1), generator, axis)[:, :, -1:]
     image_sigmas = (params.image_noise_sigma_min, params.image_noise_sigma_max)
     video_sigmas = (params.video_noise_sigma_min, params.video_noise_sigma_max)
     first = _add_noise(first, image_sigmas, 1, generator)
@@ -98,7 +106,9 @@ def _image_history(image: Frames, params: SamplingParams, vae: WanVAE, generator
     return seeded_history(still[0], first[0])
 
 
-def _video_history(video: Frames, params: SamplingParams, vae: WanVAE, generator: torch.Generator) -> History:
+def _video_history(
+    video: Frames, params: SamplingParams, vae: WanVAE, generator: torch.Generator, axis: Axis
+) -> History:
     """Video-to-video: whole chunks are encoded from the end backwards; frame 0 of the input is pinned.
 
     Only the chunks that reach into the history window are encoded, but every chunk draws its noise.
@@ -107,7 +117,7 @@ def _video_history(video: Frames, params: SamplingParams, vae: WanVAE, generator
     num_chunks = video.num_frames // FRAMES_PER_CHUNK
     start = video.num_frames - num_chunks * FRAMES_PER_CHUNK
     num_needed = min(num_chunks, NUM_TRAIL_CHUNKS)
-    first = _encode(vae, pixels[:, :, :1], generator)
+    first = _encode(vae, pixels[:, :, :1], generator, axis)
     chunks: list[Tensor | None] = []
     for index in range(num_chunks):
         at = start + index * FRAMES_PER_CHUNK
@@ -115,7 +125,7 @@ def _video_history(video: Frames, params: SamplingParams, vae: WanVAE, generator
             _draw(_chunk_shape(first), generator)
             chunks.append(None)
         else:
-            chunks.append(_encode(vae, pixels[:, :, at : at + FRAMES_PER_CHUNK], generator))
+            chunks.append(_encode(vae, pixels[:, :, at : at + FRAMES_PER_CHUNK], generator, axis))
     first = _add_noise(first, (params.image_noise_sigma_min, params.image_noise_sigma_max), 1, generator)
     video_sigmas = (params.video_noise_sigma_min, params.video_noise_sigma_max)
     noisy = []
@@ -128,10 +138,10 @@ def _video_history(video: Frames, params: SamplingParams, vae: WanVAE, generator
     return seeded_history(torch.cat(noisy, dim=2)[0], first[0])
 
 
-def _encode(vae: WanVAE, pixels: Tensor, generator: torch.Generator) -> Tensor:
+def _encode(vae: WanVAE, pixels: Tensor, generator: torch.Generator, axis: Axis) -> Tensor:
     """A sample of the normalised posterior: [1, 3, T, H, W] -> [1, C, t, h, w] float32."""
     slab_frames = ENCODE_SLAB_FRAMES_ON_CPU if pixels.device.type == "cpu" else ENCODE_SLAB_FRAMES
-    mean, logvar = vae.encode(pixels, slab_frames)
+    mean, logvar = encode_whole(vae, pixels, slab_frames, axis)
     noise = _draw(tuple(mean.shape), generator).to(mean.device, mean.dtype)
     return vae.normalize(sample_posterior(mean, logvar, noise)).float()
 

@@ -22,13 +22,14 @@ class HistoryKV:
 
     Args:
         num_layers: of the transformer.
+        memory: for keys and values, each [layers, Nh, H, Dh]; it makes its own if that is None or of another shape.
 
     `bound`: running sums over the ranks of the history rows that each one holds; None before the first forward.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, memory: tuple[Tensor, Tensor] | None = None) -> None:
         self._num_layers = num_layers
-        self._stored: tuple[Tensor, Tensor] | None = None
+        self._stored = memory
         self.bound: tuple[int, ...] | None = None
         self.is_sealed = False
 
@@ -53,6 +54,26 @@ class HistoryKV:
         """The forward that wrote it has succeeded."""
         assert self._stored is not None
         self.is_sealed = True
+
+    def standing_in(self, memory: tuple[Tensor, Tensor]) -> HistoryKV:
+        """Another one in the same state, whose keys and values are in `memory`."""
+        other = HistoryKV(self._num_layers, memory)
+        other.bound, other.is_sealed = self.bound, self.is_sealed
+        return other
+
+    def copy_from(self, other: HistoryKV) -> None:
+        """Has all that the other one has, in memory of its own."""
+        assert other._stored is not None
+        if self._stored is None or self._stored[0].shape != other._stored[0].shape:
+            keys, values = other._stored
+            self._stored = torch.empty_like(keys), torch.empty_like(values)
+        for own, theirs in zip(self._stored, other._stored, strict=True):
+            own.copy_(theirs)
+
+    @property
+    def num_rows(self) -> int:
+        """Nh, 0 before the first forward."""
+        return 0 if self._stored is None else self._stored[0].shape[1]
 
     @property
     def num_bytes(self) -> int:

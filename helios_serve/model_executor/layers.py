@@ -67,6 +67,7 @@ class SelfAttention(nn.Module):
         )
         k, v = batch.with_kept(k, v, layer)
         out = attend_sharded(q, k, v, batch.self_attention)
+        del qkv, q, k, v  # the largest of all; the projection has room there
         return self.to_out[0](out.flatten(1))
 
     def of_current(self, normed: Tensor, batch: PackedBatch, layer: int) -> Tensor:
@@ -80,6 +81,7 @@ class SelfAttention(nn.Module):
         k = kernels.norm_rope(self._heads(k), self.norm_k.weight, batch.rotary, eps, self._history_scale(), row)
         k, v = batch.with_kept(k, self._heads(v), layer)
         out = attend_sharded(q, k, v, batch.current_attention)
+        del q, k, v
         return self.to_out[0](out.flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -110,8 +112,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor | QuantizedRows, text: PackedText, layer: int) -> Tensor:
         """[M, D] -> [M, D]."""
-        q = self._heads(self.norm_q(self.to_q(x)))
-        return self.to_out[0](cross_attend(q, text, layer).flatten(1))
+        out = cross_attend(self._heads(self.norm_q(self.to_q(x))), text, layer)
+        return self.to_out[0](out.flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -125,10 +127,15 @@ class FeedForward(nn.Module):
         down = make_linear(inner_dim, dim, is_fp8=is_fp8)
         self.net = nn.ModuleList([_GeluUp(dim, inner_dim, is_fp8=is_fp8), nn.Identity(), down])
 
-    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        """[N, D] -> [N, D]."""
-        up, _, down = self.net
-        return down(up(x))
+    def up(self, x: Tensor | QuantizedRows) -> Tensor | QuantizedRows:
+        """The wide activations [N, F] of [N, D]."""
+        activated: Tensor | QuantizedRows = self.net[0](x)
+        return activated
+
+    def down(self, activated: Tensor | QuantizedRows) -> Tensor:
+        """[N, F] -> [N, D]."""
+        out: Tensor = self.net[2](activated)
+        return out
 
 
 class _GeluUp(nn.Module):
@@ -238,6 +245,8 @@ class Block(nn.Module):
             layer: this block's place among the text's keys and values.
 
         Returns: the output of the feed-forward [N, D], without its gate.
+
+        Tensors are let go as soon as nobody reads them: the widest ones decide how large a pack may be.
         """
         x, layout, shift, scale = stream.x, stream.layout, modulation.ff_shift, modulation.ff_scale
         gated = (x, attended, modulation.gate, layout.row, layout.current_place)
@@ -246,16 +255,24 @@ class Block(nn.Module):
         if self.is_fp8:
             quantized, current = empty_rows(x), empty_rows(compact)
             kernels.gated_residual_split_norm_fp8(*gated, *tables, *quantized, *current)
+            del compact
             crossed = self.attn2(current, stream.text, layer)
             kernels.residual_scatter_norm_fp8(
                 x, crossed, layout.current_index, shift, scale, layout.row, self.eps, *quantized
             )
-            return self.ffn(quantized)
+            del current, crossed
+            activated = self.ffn.up(quantized)
+            del quantized
+            return self.ffn.down(activated)
         normed = torch.empty_like(x)
         kernels.gated_residual_split_norm(*gated, *tables, normed, compact)
         crossed = self.attn2(compact, stream.text, layer)
+        del compact
         kernels.residual_scatter_norm(x, crossed, layout.current_index, shift, scale, layout.row, self.eps, normed)
-        return self.ffn(normed)
+        del crossed
+        activated = self.ffn.up(normed)
+        del normed
+        return self.ffn.down(activated)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

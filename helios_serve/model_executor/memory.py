@@ -19,11 +19,11 @@ def clear_cache() -> None:
         torch.cuda.empty_cache()
 
 
-def retry_out_of_memory(work: Callable[[], T]) -> T:
-    """The result of `work`, which is done once more, after the cache was cleared, if memory ran out."""
+def retry_out_of_memory(work: Callable[[], T], free: Callable[[], None] = clear_cache) -> T:
+    """The result of `work`, which is done once more, after memory was freed, if it ran out."""
     try:
         return work()
     except torch.OutOfMemoryError as error:
-        logger.warning("cleared the cache: %s", error)
-    clear_cache()  # here no exception keeps the frames of the failed attempt alive
+        logger.warning("freed memory: %s", error)
+    free()  # here no exception keeps the frames of the failed attempt alive
     return work()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from helios_serve.config import STEP_CACHE_THRESHOLD, Attention, ModelConfig, Offload
+from helios_serve.config import STEP_CACHE_THRESHOLD, ModelConfig, Offload
 from helios_serve.errors import CheckpointError
-from helios_serve.kernels.attention import check_backend
+from helios_serve.kernels.attention import check_backend, fp8_backend
 from helios_serve.model_executor.approximations import check_approximations
 from helios_serve.model_executor.batch import SamplingRules
 from helios_serve.model_executor.checkpoint import Load, load_module, read_config, resolve_checkpoint
@@ -42,7 +42,8 @@ class Checkpoint:
     offload: Offload
     is_quantized_at_load: bool
     vae_precision: VaePrecision | None
-    attention: Attention
+    attention: str
+    has_graphs: bool
     step_cache_threshold: float
     load: Load
 
@@ -82,15 +83,17 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
     path = resolve_checkpoint(config.model, has_weights=config.weights == "checkpoint")
     found = read_config(path)
     check_approximations(config.approximations, found.scheduler.solver)
+    device = torch.device(config.device)
     return Checkpoint(
         path=path,
         config=found,
-        device=torch.device(config.device),
+        device=device,
         dtype=_DTYPES[config.dtype],
         offload=config.offload,
         is_quantized_at_load=config.quantize == "fp8",
         vae_precision=config.vae_precision,
-        attention=config.attention,
+        attention=config.attention if config.attention_precision is None else fp8_backend(device),
+        has_graphs=config.cuda_graphs,
         step_cache_threshold=config.step_cache_threshold,
         load=random_module if config.weights == "random" else load_module,
     )
@@ -107,7 +110,9 @@ def load_transformer(checkpoint: Checkpoint) -> HeliosTransformer:
     shortcuts = Shortcuts(last_block_skips_history=takes_shortcuts, collapses_pad_tokens=takes_shortcuts)
     is_offloaded = checkpoint.offload == "all"
     home = _HOST if is_offloaded else checkpoint.device
-    make = partial(HeliosTransformer, config, shortcuts, attention=checkpoint.attention)
+    make = partial(
+        HeliosTransformer, config, shortcuts, attention=checkpoint.attention, has_graphs=checkpoint.has_graphs
+    )
     transformer = checkpoint.load(make, folder, home, checkpoint.dtype)
     if checkpoint.is_quantized_at_load and config.fp8_edge_blocks is None:
         transformer.quantize()

@@ -7,10 +7,11 @@ Knows chunk states and the transformer; knows nothing of threads, ranks, clients
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.model_executor.approximations import check_approximations
 from helios_serve.model_executor.batch import ChunkInput, ChunkOutput, ChunkState, ParkedChunk, SamplingRules
 from helios_serve.model_executor.cached_forward import predict_cached
+from helios_serve.model_executor.cuda_graph import graphs_of
 from helios_serve.model_executor.memory import clear_cache, retry_out_of_memory
 from helios_serve.model_executor.packing import TextKV
 from helios_serve.model_executor.spread import breaks_group, predict
@@ -29,6 +31,8 @@ from helios_serve.parallel.mesh import SOLO, Mesh
 from helios_serve.types import StepCursor
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +89,7 @@ class Runner:
         self._faults = faults
         self._mesh = mesh
         self._texts = TextPool(text_cache_bytes)
+        self._graphs = graphs_of(transformer)
         self._chunks: dict[str, ChunkState] = {}
         self._max_tokens: int | None = None
 
@@ -108,7 +113,7 @@ class Runner:
             cfg_degree=self._mesh.cfg.size,
         )
         with breaks_group(self._mesh):
-            self._chunks[chunk.task_id] = retry_out_of_memory(lambda: self._make_state(chunk, parked))
+            self._chunks[chunk.task_id] = self._retry(lambda: self._make_state(chunk, parked))
 
     def park(self, task_id: str) -> ParkedChunk | None:
         """Takes a chunk out and returns its progress; None if there is no such chunk."""
@@ -128,6 +133,8 @@ class Runner:
             can go on then.
         """
         log = _StepLog()
+        if self._graphs is not None:
+            self._graphs.begin_step()
         for chunks in self._plan_packs(self.active if task_ids is None else task_ids):
             self._run_pack(chunks, log)
         return StepResult(
@@ -158,6 +165,15 @@ class Runner:
                 self._texts.release(prompt.key)
         return chunk
 
+    def _retry(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which is done once more if memory ran out."""
+        return retry_out_of_memory(work, self._free_memory)
+
+    def _free_memory(self) -> None:
+        if self._graphs is not None:
+            self._graphs.release()
+        clear_cache()
+
     def _plan_packs(self, task_ids: Iterable[str]) -> list[list[ChunkState]]:
         """All chunks in one pack, or in as many as the known limit asks for."""
         packs: list[list[ChunkState]] = []
@@ -174,7 +190,7 @@ class Runner:
         """One forward for all. If it fails nobody has moved, and smaller ones follow: only the chunk at fault ends."""
         try:
             with breaks_group(self._mesh):
-                flows = self._predict(chunks) if len(chunks) > 1 else retry_out_of_memory(lambda: self._predict(chunks))
+                flows = self._predict(chunks) if len(chunks) > 1 else self._retry(lambda: self._predict(chunks))
         except GroupBrokenError:
             raise
         except Exception as error:
@@ -190,7 +206,7 @@ class Runner:
             log.too_large.append(sum(chunk.num_tokens for chunk in chunks))
             size = (len(chunks) + 1) // 2
             failure.__traceback__ = None  # its frames hold the tensors of the failed forward
-            clear_cache()
+            self._free_memory()
         for at in range(0, len(chunks), size):
             self._run_pack(chunks[at : at + size], log)
 
@@ -198,7 +214,7 @@ class Runner:
         """The flows of each chunk's sequences."""
         spoiled = [self._visit(chunk, len(chunks)) for chunk in chunks]
         sequences = [chunk.sequences() for chunk in chunks]
-        forward = partial(predict, self.transformer, mesh=self._mesh)
+        forward = partial(predict, self.transformer, mesh=self._mesh, graphs=self._graphs)
         flows = iter(predict_cached(self.transformer, [sequence for own in sequences for sequence in own], forward))
         own_flows = [[next(flows) for _ in own] for own in sequences]
         return [

@@ -6,20 +6,37 @@ samplers draw and advance alike everywhere, and nothing but flows has to be told
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from helios_serve.config import FREE_DEGREES, DType, GivenDegrees
+from helios_serve.model_executor.cuda_graph import ForwardGraphs
 from helios_serve.model_executor.model_config import CheckpointConfig
-from helios_serve.model_executor.packing import TokenSequence, grids_of, pack, split_flows
+from helios_serve.model_executor.packing import PackedBatch, PackedText, TokenSequence, grids_of, pack, split_flows
 from helios_serve.model_executor.transformer import HeliosTransformer
-from helios_serve.parallel.collectives import GroupBrokenError, RankGroup
-from helios_serve.parallel.mesh import Degrees, Mesh, build_mesh, choose_degrees, possible_degrees
+from helios_serve.parallel.collectives import GroupBrokenError, RankGroup, backend_of
+from helios_serve.parallel.links import ASSUMED_LINKS, Links, find_links
+from helios_serve.parallel.mesh import (
+    Degrees,
+    Mesh,
+    build_mesh,
+    choose_degrees,
+    possible_degrees,
+    seconds_per_row_byte,
+)
+from helios_serve.parallel.peer_memory import with_peer_memory
 from helios_serve.parallel.shards import gather, share
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[PackedBatch, PackedText], Tensor]
+"""Output rows [M, patch * C] of a packed batch."""
 
 
 def join_mesh(
@@ -29,15 +46,25 @@ def join_mesh(
 
     Raises: ValueError when what is given does not fit, with what does; RuntimeError when a rank cannot be reached.
     """
-    degrees = degrees_for(config, ranks.size, given, ranks.ranks_per_node)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    mesh = build_mesh(ranks, degrees, backend, given.head_groups)
+    per_node = ranks.size if ranks.ranks_per_node is None else ranks.ranks_per_node
+    links = ranks.broadcast(find_links(device.type, per_node) if ranks.rank == 0 else ASSUMED_LINKS)
+    degrees = degrees_for(config, ranks.size, given, per_node, links)
+    if ranks.rank == 0 and ranks.size > 1:
+        between = "" if ranks.size <= per_node else f"; between nodes {links.across}"
+        logger.info("%d ranks share forwards by %s, over %s%s", ranks.size, degrees, links.inside, between)
+    mesh = build_mesh(ranks, degrees, backend_of(device), given.head_groups)
     mesh.meet(device)
+    if given.symmetric_memory:
+        mesh = replace(mesh, ulysses=with_peer_memory(mesh.ulysses, device))
     return mesh
 
 
 def degrees_for(
-    config: CheckpointConfig, num_ranks: int, given: GivenDegrees = FREE_DEGREES, ranks_per_node: int | None = None
+    config: CheckpointConfig,
+    num_ranks: int,
+    given: GivenDegrees = FREE_DEGREES,
+    ranks_per_node: int | None = None,
+    links: Links = ASSUMED_LINKS,
 ) -> Degrees:
     """How ranks share the forwards of a checkpoint; `ranks_per_node` is None if all are on one.
 
@@ -45,11 +72,12 @@ def degrees_for(
     """
     num_heads = config.transformer.num_attention_heads
     per_node = num_ranks if ranks_per_node is None else ranks_per_node
-    return choose_degrees(num_ranks, num_heads, per_node, is_guided=_is_guided(config), given=given)
+    return choose_degrees(num_ranks, num_heads, per_node, is_guided=_is_guided(config), given=given, links=links)
 
 
-def explain_degrees(degrees: Degrees, config: CheckpointConfig, dtype: DType) -> str:
-    """What was chosen or given, beside the other ways to share a forward that send the least; in one line."""
+def explain_degrees(degrees: Degrees, config: CheckpointConfig, dtype: DType, links: Links = ASSUMED_LINKS) -> str:
+    """What was chosen or given for ranks of one node, beside the other ways to share a forward that send the least, and
+    which speed of the links that counts on; in one line."""
     num_heads = config.transformer.num_attention_heads
     row_bytes = config.transformer.dim * {"float32": 4, "bfloat16": 2}[dtype]
     is_guided = _is_guided(config)
@@ -59,10 +87,18 @@ def explain_degrees(degrees: Degrees, config: CheckpointConfig, dtype: DType) ->
         if each != degrees and (is_guided or each.cfg == 1)
     ]
     shown = [degrees, *sorted(others, key=lambda each: each.rows_sent)[:2]]
-    chosen, *rest = [f"{each} ({each.rows_sent * row_bytes / 1e3:.4g} kB)" for each in shown]
+    is_timed = links.inside.gb_per_s is not None
+
+    def cost(each: Degrees) -> str:
+        sent = f"{each.rows_sent * row_bytes / 1e3:.4g} kB"
+        nanoseconds = 1e9 * row_bytes * seconds_per_row_byte(each, each.num_ranks, links)
+        return f"{each} ({sent} in {nanoseconds:.0f} ns)" if is_timed else f"{each} ({sent})"
+
+    chosen, *rest = map(cost, shown)
     return (
         f"ranks of a DiT group share forwards by {chosen}, not {' or '.join(rest) or 'otherwise'}: {num_heads} heads, "
-        f"{'with' if is_guided else 'without'} guidance, on one node; kB sent per layer for a token that a rank holds"
+        f"{'with' if is_guided else 'without'} guidance, on one node, over {links.inside}; what one layer sends for a "
+        "token that a rank holds"
     )
 
 
@@ -82,35 +118,55 @@ def breaks_group(mesh: Mesh) -> Iterator[None]:
         raise GroupBrokenError(f"one of {mesh.num_ranks} ranks is out of memory: {error}") from error
 
 
-def predict(transformer: HeliosTransformer, sequences: Sequence[TokenSequence], mesh: Mesh) -> list[Tensor]:
+def predict(
+    transformer: HeliosTransformer,
+    sequences: Sequence[TokenSequence],
+    mesh: Mesh,
+    graphs: ForwardGraphs | None = None,
+) -> list[Tensor]:
     """The flow of each sequence, [C, T, h, w], in one forward.
 
     Args:
         sequences: the same on all ranks; of one device and dtype.
+        graphs: of this transformer, by which it is to run; packs of equal sequences share one, whatever their order.
 
     Raises: GroupBrokenError for whatever goes wrong on one of several ranks: the others wait for it in an exchange.
     """
     if not sequences:
         return []
     try:
-        return _predict_together(transformer, sequences, mesh)
+        if graphs is None:
+            return _predict_together(transformer, sequences, mesh, transformer)
+        order = sorted(range(len(sequences)), key=lambda index: _kind(sequences[index]))
+        flows = _predict_together(transformer, [sequences[index] for index in order], mesh, graphs)
+        return [flow for _, flow in sorted(zip(order, flows, strict=True), key=lambda pair: pair[0])]
     except Exception as error:
         if mesh.num_ranks == 1:
             raise
         raise GroupBrokenError(f"a forward over {mesh.num_ranks} ranks was not finished: {error}") from error
 
 
-def _predict_together(transformer: HeliosTransformer, sequences: Sequence[TokenSequence], mesh: Mesh) -> list[Tensor]:
+def _kind(sequence: TokenSequence) -> tuple[int, int, bool, bool]:
+    """By which sequences of a pack are sorted."""
+    has_kept, has_cache = sequence.history_kv is not None, sequence.step_cache is not None
+    return (sequence.num_history, len(sequence.rotary), has_kept, has_cache)
+
+
+def _predict_together(
+    transformer: HeliosTransformer, sequences: Sequence[TokenSequence], mesh: Mesh, forward: Forward
+) -> list[Tensor]:
     shares = share(tuple((len(s.history.tokens), len(s.rotary)) for s in sequences), mesh.cfg.size).only(1)
     is_own = [part.stop > part.start for (part,) in shares.of_rank(mesh.cfg.rank)]
-    rows = _predict_own(transformer, [s for s, own in zip(sequences, is_own, strict=True) if own], mesh)
+    rows = _predict_own(transformer, [s for s, own in zip(sequences, is_own, strict=True) if own], mesh, forward)
     return split_flows(gather(rows, shares, mesh.cfg), grids_of(sequences, transformer.patch), transformer.patch)
 
 
-def _predict_own(transformer: HeliosTransformer, sequences: Sequence[TokenSequence], mesh: Mesh) -> Tensor:
+def _predict_own(
+    transformer: HeliosTransformer, sequences: Sequence[TokenSequence], mesh: Mesh, forward: Forward
+) -> Tensor:
     """Output rows [M, patch * C] of the sequences that this half of the group has."""
     if not sequences:
         width = math.prod(transformer.patch) * transformer.config.out_channels
         return torch.empty((0, width), dtype=transformer.dtype, device=transformer.device)
     batch, text = pack(sequences, transformer.patch, mesh)
-    return gather(transformer(batch, text), batch.shards.only(1), mesh.tokens)
+    return gather(forward(batch, text), batch.shards.only(1), mesh.tokens)

@@ -62,6 +62,11 @@ class StepCache:
         """What the blocks added in the forward of the step at hand, [M, D]."""
         self._computed = residual
 
+    def write_from(self, other: StepCache) -> None:
+        """Takes a copy of what `write` gave the other one."""
+        assert other._computed is not None
+        self.write(other._computed.clone())
+
     @property
     def residual(self) -> Tensor:
         """That of the last forward."""

@@ -59,13 +59,22 @@ class HeliosTransformer(nn.Module):
         shortcuts: none by default, as guidance multiplies every difference in rounding.
         attention: the backend of self-attention, a name out of `kernels.attention.NAMES`; `check_backend` tells
             whether it can run.
+        has_graphs: whether its forwards are to run by CUDA graphs; see `cuda_graph`.
     """
 
-    def __init__(self, config: TransformerConfig, shortcuts: Shortcuts = Shortcuts(), *, attention: str = AUTO) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        shortcuts: Shortcuts = Shortcuts(),
+        *,
+        attention: str = AUTO,
+        has_graphs: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.shortcuts = shortcuts
         self.attention = attention
+        self.has_graphs = has_graphs
         self._offload: LayerOffload[Block] | None = None
         self.patch: Grid = config.patch_size
         self.patch_embedding = self._patch_projection(1)
@@ -107,14 +116,19 @@ class HeliosTransformer(nn.Module):
         block, last = next(blocks), len(layers) - 1
         normed = block.enter(stream, layers[0])
         for index, (own, following) in enumerate(pairwise(layers)):
-            fed = block.feed(stream, block.attn1(normed, batch, index), index, own)
+            attended = block.attn1(normed, batch, index)
+            del normed  # here and below: while other work runs, each would take a place in memory
+            fed = block.feed(stream, attended, index, own)
+            del attended
             block = next(blocks)
             normed = block.follow(stream, fed, own.ff_gate, following)
+            del fed
         if self.shortcuts.last_block_skips_history:
             assert isinstance(normed, Tensor), "blocks at either end are not in FP8"
             attended, stream = block.attn1.of_current(normed, batch, last), stream.of_current()
         else:
             attended = block.attn1(normed, batch, last)
+        del normed
         fed = block.feed(stream, attended, last, layers[-1])
         shift, scale = self.norm_out(time.hidden)
         gate, row, eps = layers[-1].ff_gate, stream.layout.row, self.config.eps

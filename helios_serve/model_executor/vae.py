@@ -363,7 +363,8 @@ class Decoder(nn.Module):
         x = vae_fused.mid_block(self.mid_block, x, slab)
         for block in self.up_blocks:
             assert isinstance(block, UpBlock)
-            x = vae_fused.up_block(block, x, slab)
+            for layer in (*block.resnets, *block.upsamplers):
+                x = vae_fused.up_layer(layer, x, slab)
         out = vae_fused.normed_conv(self.conv_out, self.norm_out, x, slab)
         return vae_fused.biased(self.conv_out, out)
 

@@ -26,7 +26,6 @@ from helios_serve.model_executor.vae_layers import (
     NormSilu,
     ResidualBlock,
     Slab,
-    UpBlock,
     Upsample,
     as_clip,
     as_frames,
@@ -52,17 +51,22 @@ def biased(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 
 def normed_conv(conv: CausalConv3d, norm: NormSilu, x: Tensor, slab: Slab, bias: Tensor | None = None) -> Tensor:
     """`conv` of the norm of `x + bias`, without its own bias: [B, C, T, H, W] -> [B, C', T, H, W]."""
+    return _convolved(conv, _normed(conv, norm, x, slab, bias))
+
+
+def _normed(conv: CausalConv3d, norm: NormSilu, x: Tensor, slab: Slab, bias: Tensor | None) -> Tensor:
+    """What `conv` reads: the norm of `x + bias` behind its context, [B, C, 2 + T, H, W], or as windows of three frames,
+    [B, T, H, W, 3, C], if it has a weight for those. Keeps the last two frames for the next slab."""
     if conv.window_weight is not None:
-        return _normed_windows_conv(conv, conv.window_weight, norm, x, slab, bias)
+        return _normed_windows(conv, norm, x, slab, bias)
     frames, left = _frames_of(conv, x, slab)
     left_rows = None if left is None else _rows(left)
     norm_rows(_rows(x), norm.gamma.flatten(), bias, left_rows, True, _rows(frames))
-    return _convolved(conv, frames, left, slab)
+    _keep_tail(conv, frames, left, slab)
+    return frames
 
 
-def _normed_windows_conv(
-    conv: CausalConv3d, window_weight: Tensor, norm: NormSilu, x: Tensor, slab: Slab, bias: Tensor | None
-) -> Tensor:
+def _normed_windows(conv: CausalConv3d, norm: NormSilu, x: Tensor, slab: Slab, bias: Tensor | None) -> Tensor:
     num_clips, channels, num_frames, height, width = x.shape
     left, num_taps = slab.take(conv), _CONTEXT + 1
     shape = (num_clips, num_frames, height, width, num_taps, channels)
@@ -74,14 +78,16 @@ def _normed_windows_conv(
     if not slab.is_last:
         tail = _empty(x, channels, _CONTEXT) if left is None else left
         slab.tails[conv] = tail.copy_(windows[:, -1, :, :, 1:].permute(0, 4, 3, 1, 2))
-    pictures = windows.view(num_clips * num_frames, height, width, -1).permute(0, 3, 1, 2)
-    return _kept(as_clip(convolve(pictures, window_weight, (1, 1)), num_clips))
+    return windows
 
 
 def residual_block(block: ResidualBlock, x: Tensor, slab: Slab) -> Tensor:
-    """The layer of that name."""
+    """The layer of that name. What was read is let go before more is made: at full size a tensor takes gigabytes."""
     y = normed_conv(block.conv1, block.norm1, x, slab)
-    y = normed_conv(block.conv2, block.norm2, y, slab, bias=_bias(block.conv1))
+    seen = _normed(block.conv2, block.norm2, y, slab, _bias(block.conv1))
+    del y
+    y = _convolved(block.conv2, seen)
+    del seen
     shortcut = block.conv_shortcut
     beside = pointwise(shortcut, x) if isinstance(shortcut, nn.Conv3d) else x
     add_bias(_pixels(y), _bias(block.conv2), _pixels(beside))
@@ -111,13 +117,11 @@ def mid_block(block: MidBlock, x: Tensor, slab: Slab) -> Tensor:
     return residual_block(_typed(last, ResidualBlock), x, slab)
 
 
-def up_block(block: UpBlock, x: Tensor, slab: Slab) -> Tensor:
-    """Residual blocks, then an upsampling except at full size."""
-    for resnet in block.resnets:
-        x = residual_block(_typed(resnet, ResidualBlock), x, slab)
-    for layer in block.upsamplers:
-        x = upsample(_typed(layer, Upsample), x, slab)
-    return x
+def up_layer(layer: nn.Module, x: Tensor, slab: Slab) -> Tensor:
+    """A residual block or an upsampling, of which the decoder's blocks are rows."""
+    if isinstance(layer, ResidualBlock):
+        return residual_block(layer, x, slab)
+    return upsample(_typed(layer, Upsample), x, slab)
 
 
 def down_layer(layer: nn.Module, x: Tensor, slab: Slab) -> Tensor:
@@ -245,7 +249,8 @@ def _convolved_copy(conv: CausalConv3d, x: Tensor, slab: Slab) -> Tensor:
     else:
         spare.copy_(left)
     frames[:, :, _CONTEXT:].copy_(x)
-    return _convolved(conv, frames, left, slab)
+    _keep_tail(conv, frames, left, slab)
+    return _convolved(conv, frames)
 
 
 def _frames_of(conv: CausalConv3d, x: Tensor, slab: Slab) -> tuple[Tensor, Tensor | None]:
@@ -253,15 +258,23 @@ def _frames_of(conv: CausalConv3d, x: Tensor, slab: Slab) -> tuple[Tensor, Tenso
     return _empty(x, x.shape[1], _CONTEXT + x.shape[2]), slab.take(conv)
 
 
-def _convolved(conv: CausalConv3d, frames: Tensor, left: Tensor | None, slab: Slab) -> Tensor:
-    """`conv` without its bias over frames [B, C, 2 + T, H, W]; keeps the last two in the memory of `left`."""
-    _, tall, wide = conv.kernel_size
-    if wide > 1:
+def _keep_tail(conv: CausalConv3d, frames: Tensor, left: Tensor | None, slab: Slab) -> None:
+    """Gives frames [B, C, 2 + T, H, W] their ghosts, and keeps the last two in the memory of `left`."""
+    if conv.kernel_size[2] > 1:
         slab.columns.fill(frames[:, :, _CONTEXT:])
     if not slab.is_last:
         tail = _empty(frames, frames.shape[1], _CONTEXT) if left is None else left
         slab.tails[conv] = tail.copy_(frames[:, :, -_CONTEXT:])
-    return _kept(convolve(frames, conv.weight, (0, tall // 2, wide // 2)))
+
+
+def _convolved(conv: CausalConv3d, seen: Tensor) -> Tensor:
+    """`conv` without its bias over frames [B, C, 2 + T, H, W] or windows [B, T, H, W, 3, C]: [B, C', T, H, W]."""
+    if seen.dim() == 5:
+        return _kept(convolve(seen, conv.weight, (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)))
+    assert conv.window_weight is not None
+    num_clips, num_frames, height, width = seen.shape[:4]
+    pictures = seen.view(num_clips * num_frames, height, width, -1).permute(0, 3, 1, 2)
+    return _kept(as_clip(convolve(pictures, conv.window_weight, (1, 1)), num_clips))
 
 
 def _empty(like: Tensor, channels: int, num_frames: int) -> Tensor:

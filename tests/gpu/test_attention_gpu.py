@@ -7,6 +7,7 @@ is skipped with its own words.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor
 
 from helios_serve.kernels import reference
-from helios_serve.kernels.attention import BACKENDS, Segments, attend, attention_scale, backend_for, obstacles
+from helios_serve.kernels.attention import (
+    BACKENDS,
+    AttentionBackendError,
+    Segments,
+    attend,
+    attention_scale,
+    backend_for,
+    obstacles,
+)
 from helios_serve.kernels.attention.segments import on_device
 from helios_serve.kernels.attention.triton_attention import CANDIDATES, Tiles, launch_attend
 from helios_serve.kernels.cases_attention import ATTEND, bounds_of
@@ -249,3 +258,28 @@ def test_parts_of_the_keys_merge_to_the_whole() -> None:
     assert out.dtype == torch.float32
     assert (lse.double() - expected_lse).abs().max().item() <= LSE_LIMIT
     assert _error(out, expected) <= ERROR_RATIO * _error(_plain(q, k, v, segments), expected)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 128, 541, 541), (3, 128, 67, 541, 541, 67), (8, 64, 130, 67, 541, 131), (3, 128, 540, 2940)],
+    ids=str,
+)
+@torch.inference_mode()
+def test_fp8_attention_rounds_as_it_says(shape: Shape) -> None:
+    """As near to the exact result as its definition, which rounds step by step on the host, with a tenth to spare."""
+    q, k, v, segments = _inputs(shape)
+    named = replace(segments, backend="fa3_fp8")
+    try:
+        backend_for(q, named)
+    except AttentionBackendError as error:
+        pytest.skip(str(error))
+    out, lse = attend(q, k, v, named)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    exact, exact_lse = _exact(q, k, v, segments)
+    on_host = [x.cpu() for x in (q, k, v)]
+    defined, defined_lse = attend(*on_host, replace(segments, backend="math_fp8"))
+    assert _error(out, exact) <= ERROR_RATIO * _error(defined.to(DEVICE), exact)
+    assert (lse - exact_lse).abs().max() <= ERROR_RATIO * (defined_lse.to(DEVICE) - exact_lse).abs().max()
+    again, _ = attend(q, k, v, named)
+    assert torch.equal(again, out), "two runs differ"

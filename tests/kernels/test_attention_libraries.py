@@ -16,14 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from helios_serve.kernels import reference
+from helios_serve.kernels import reference, reference_fp8
 from helios_serve.kernels.attention import Segments, library_attention
+from helios_serve.kernels.attention.fp8_attention import attend_fa3_fp8, attend_math_fp8
 from helios_serve.kernels.attention.library_attention import (
     attend_fa3,
     attend_flashinfer,
     attend_xformers,
     xformers_operator,
 )
+from helios_serve.kernels.fp8 import FP8
 
 FA3_SCHEMA = (
     "fwd(Tensor q,Tensor k,Tensor v,Tensor(k_new!)? k_new = None,Tensor(v_new!)? v_new = None,Tensor? q_v = None,"
@@ -58,9 +60,13 @@ def _fa3_forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, 
     assert named.pop("num_splits") == 1, "0 lets a heuristic split the keys"
     cu_q, cu_k, scale = named.pop("cu_seqlens_q"), named.pop("cu_seqlens_k"), named.pop("softmax_scale")
     max_q, max_k = named.pop("max_seqlen_q"), named.pop("max_seqlen_k")
+    scales = tuple(named.pop(f"{name}_descale") for name in "qkv")
     defaults = {one.name: one.default_value for one in schema}
     assert named == {name: defaults[name] for name in named}, "asked for more than plain attention"
     nothing = torch.empty(0)
+    if q.dtype == FP8:
+        return *_fa3_fp8(q, k, v, (cu_q, cu_k), scales, scale), nothing, nothing.clone()
+    assert scales == (None, None, None)
     if cu_q is None:
         assert (cu_k, max_q, max_k) == (None, None, None)
         assert q.dim() == k.dim() == v.dim() == 4
@@ -71,6 +77,29 @@ def _fa3_forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, 
     assert max_q == cu_q.diff().max()
     assert max_k == cu_k.diff().max()
     return *_attend(q, k, v, cu_q.tolist(), cu_k.tolist(), scale), nothing, nothing.clone()
+
+
+def _fa3_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: tuple[Tensor | None, Tensor | None],
+    scales: Sequence[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """With a scale for each sequence and head; the result is bfloat16."""
+    assert k.dtype == v.dtype == FP8
+    is_dense = bounds[0] is None
+    q, k, v = (x[0] for x in (q, k, v)) if is_dense else (q, k, v)
+    cu_q, cu_k = ([0, len(x)] if bound is None else bound.tolist() for bound, x in zip(bounds, (q, k), strict=True))
+    for each in scales:
+        assert (each.shape, each.dtype) == ((len(cu_q) - 1, q.shape[1]), torch.float32)
+    parts = []
+    for index, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(cu_q), pairwise(cu_k), strict=True)):
+        own = (scales[0][index], scales[1][index], scales[2][index])
+        parts.append(reference_fp8.attend_fp8(q[q0:q1], k[k0:k1], v[k0:k1], own, scale))
+    out, lse = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+    return (out[None], lse[None]) if is_dense else (out, lse)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +297,17 @@ def test_package_is_called_as_it_is_declared(run: Any, segments: Segments) -> No
     expected, expected_lse = _attend(q, k, v, segments.cu_q, segments.cu_k, segments.scale)
     assert torch.equal(out, expected)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize("segments", [DENSE, PACKED], ids=["dense", "packed"])
+def test_fa3_is_given_e4m3_with_a_scale_for_each_sequence_and_head(segments: Segments) -> None:
+    q, k, v = (x.bfloat16() for x in _inputs(segments))
+    out, lse = attend_fa3_fp8(q, k, v, segments)
+    expected, expected_lse = attend_math_fp8(q, k, v, segments)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
 
 
 @pytest.mark.usefixtures("modules")

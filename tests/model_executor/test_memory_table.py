@@ -29,7 +29,7 @@ def test_the_page_says_what_is_counted() -> None:
 def test_a_changed_number_would_be_seen() -> None:
     page = PAGE.read_text()
     assert without_measured(page.replace("28.68", "28.67")) != without_measured(page)
-    assert without_measured(page.replace("| 10.95 |", "| 10.94 |")) != without_measured(page)
+    assert without_measured(page.replace("| 7.84 |", "| 7.83 |")) != without_measured(page)
 
 
 def test_a_tensor_counts_as_long_as_it_lives() -> None:
@@ -86,16 +86,22 @@ def test_history_keys_and_values_are_those_of_the_performance_plan() -> None:
     assert memory_table.history_kv_bytes() == 2 * 40 * 2400 * 5120 * 2 == pytest.approx(1.97 * GB, rel=0.003)
 
 
-def test_a_forward_holds_what_its_feed_forward_needs() -> None:
-    """x, the norm before attention, what attention and the block before gave, the norm behind, its current rows, what
-    crossed, and both ends of the product: nothing else of the size of the stream lives with the widest tensor."""
+def test_a_forward_holds_what_its_last_attention_needs() -> None:
+    """x and the norm before attention, keys and values as projected, rotated keys; of current tokens the queries and
+    what they attended to. Elsewhere x, the norm, the fused projection and the attended live together: 12 D bytes."""
     current, tokens = 8640, 11040
-    widest = tokens * (2 * CONFIG.ffn_dim + 12 * CONFIG.dim) + current * 4 * CONFIG.dim
-    assert memory_table.forward_bytes((2,)) == pytest.approx(widest, rel=0.05)
+    most = 10 * tokens * CONFIG.dim + 4 * current * CONFIG.dim
+    assert memory_table.forward_bytes((2,)) == pytest.approx(most, rel=0.02)
+
+
+def test_a_decode_holds_its_widest_windows_and_two_tensors_more() -> None:
+    """At full size, 96 channels of 33 frames: windows of three frames, what goes in and what comes out."""
+    widest = 33 * 384 * 640 * 96 * 2
+    assert memory_table.decode_bytes(WHOLE) == pytest.approx(5 * widest, rel=0.01)
 
 
 def test_slabs_bound_a_decode() -> None:
-    assert memory_table.decode_bytes(SMALL) < 0.25 * memory_table.decode_bytes(WHOLE)
+    assert memory_table.decode_bytes(SMALL) < 0.3 * memory_table.decode_bytes(WHOLE)
 
 
 def test_offloading_with_a_decode_in_slabs_fits_into_8_gb() -> None:

@@ -13,9 +13,11 @@ from helios_serve.model_executor.model import open_checkpoint
 from helios_serve.model_executor.model_config import CheckpointConfig
 from helios_serve.model_executor.spread import breaks_group, degrees_for, explain_degrees, join_mesh
 from helios_serve.parallel.collectives import Axis, GroupBrokenError, RankGroup
+from helios_serve.parallel.links import NETWORK, Links, find_links, slowest_link
 from helios_serve.parallel.mesh import SOLO, Degrees, Mesh
 from helios_serve.types import Variant
 from tests.conftest import MakeCheckpoint
+from tests.parallel.fake_gpus import FakeGpus
 
 
 def full_size(variant: Variant, make_checkpoint: MakeCheckpoint) -> CheckpointConfig:
@@ -67,13 +69,15 @@ def test_one_rank_meets_nobody(make_checkpoint: MakeCheckpoint) -> None:
 
 def test_the_log_has_one_line_with_the_alternatives(make_checkpoint: MakeCheckpoint) -> None:
     config = full_size("distilled", make_checkpoint)
-    line = explain_degrees(degrees_for(config, 8), config, "bfloat16")
+    links = Links(inside=slowest_link(FakeGpus(count=8, nvlinks_each=18), 8), across=NETWORK)
+    line = explain_degrees(degrees_for(config, 8, links=links), config, "bfloat16", links)
     assert line == (
-        "ranks of a DiT group share forwards by cfg 1 x ring 1 x ulysses 8 (35.84 kB), not cfg 1 x ring 2 x ulysses 4 "
-        "(51.2 kB) or cfg 1 x ring 4 x ulysses 2 (81.92 kB): 40 heads, without guidance, on one node; kB sent per "
-        "layer for a token that a rank holds"
+        "ranks of a DiT group share forwards by cfg 1 x ring 1 x ulysses 8 (35.84 kB in 119 ns), not cfg 1 x ring 2 x "
+        "ulysses 4 (51.2 kB in 171 ns) or cfg 1 x ring 4 x ulysses 2 (81.92 kB in 273 ns): 40 heads, without guidance, "
+        "on one node, over NVLink, 18 of them (300 GB/s taken); what one layer sends for a token that a rank holds"
     )
     guided = full_size("mid", make_checkpoint)
-    line = explain_degrees(degrees_for(guided, 2), guided, "float32")
+    links = find_links("cpu", 2)
+    line = explain_degrees(degrees_for(guided, 2, links=links), guided, "float32", links)
     assert "by cfg 2 x ring 1 x ulysses 1 (0 kB), not cfg 1 x ring 1 x ulysses 2 (40.96 kB)" in line
-    assert "40 heads, with guidance" in line
+    assert "40 heads, with guidance, on one node, over gloo, link speed not known; what" in line

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from helios_serve.errors import HeliosError
-from helios_serve.kernels.attention import library_attention, torch_attention, triton_attention
+from helios_serve.kernels.attention import fp8_attention, library_attention, torch_attention, triton_attention
 from helios_serve.kernels.attention.segments import AUTO, Segments
 from helios_serve.kernels.launch import HAS_TRITON, tuned
 
@@ -53,10 +53,12 @@ class Problem:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """attend: [Nq, H, Dh] and twice [Nk, H, Dh], which end with the last segment -> out [Nq, H, Dh], lse [H, Nq].
-    obstacle: why it cannot solve a problem here; None if it can."""
+    obstacle: why it cannot solve a problem here; None if it can. is_recordable: whether a CUDA graph may hold it; not
+    if it prepares a shape in memory that it gives up when it pleases."""
 
     attend: Callable[[Tensor, Tensor, Tensor, Segments], tuple[Tensor, Tensor]]
     obstacle: Callable[[Problem], str | None]
+    is_recordable: bool = True
 
 
 def _first(*obstacles: str | bool | None) -> str | None:
@@ -73,6 +75,21 @@ def _needs(problem: Problem, capability: int, dtypes: tuple[torch.dtype, ...], m
         problem.dtype not in dtypes and f"takes {names}, not {problem.dtype}",
         (problem.head_dim > max_head_dim or problem.head_dim % 8 > 0)
         and f"takes heads of a multiple of 8 up to {max_head_dim}, not {problem.head_dim}",
+    )
+
+
+def _fa3_fp8_obstacle(problem: Problem) -> str | None:
+    return _first(
+        _fa3_obstacle(problem),
+        problem.head_dim % 16 > 0 and f"takes heads of a multiple of 16, not {problem.head_dim}",
+    )
+
+
+def _math_fp8_obstacle(problem: Problem) -> str | None:
+    return _first(
+        _cpu_obstacle(problem),
+        problem.has_bias and _NO_BIAS,
+        problem.min_k == 0 and "takes no segment without keys",
     )
 
 
@@ -149,13 +166,20 @@ BACKENDS: Mapping[str, Backend] = {
     "flash": Backend(attend=torch_attention.attend_flash, obstacle=_flash_obstacle),
     "efficient": Backend(attend=torch_attention.attend_efficient, obstacle=_efficient_obstacle),
     "triton": Backend(attend=triton_attention.attend_triton, obstacle=_triton_obstacle),
-    "flashinfer": Backend(attend=library_attention.attend_flashinfer, obstacle=_flashinfer_obstacle),
-    "xformers": Backend(attend=library_attention.attend_xformers, obstacle=_xformers_obstacle),
+    "flashinfer": Backend(
+        attend=library_attention.attend_flashinfer, obstacle=_flashinfer_obstacle, is_recordable=False
+    ),
+    "xformers": Backend(attend=library_attention.attend_xformers, obstacle=_xformers_obstacle, is_recordable=False),
     "cpu": Backend(attend=torch_attention.attend_cpu, obstacle=_cpu_obstacle),
     "math": Backend(attend=torch_attention.attend_math, obstacle=lambda _: None),
 }
 NAMES = (AUTO, *BACKENDS)
-"""What may be named."""
+"""What may be named where nothing is to be approximated."""
+FP8_BACKENDS: Mapping[str, Backend] = {
+    "fa3_fp8": Backend(attend=fp8_attention.attend_fa3_fp8, obstacle=_fa3_fp8_obstacle),
+    "math_fp8": Backend(attend=fp8_attention.attend_math_fp8, obstacle=_math_fp8_obstacle),
+}
+"""In e4m3; nothing chooses them. `math_fp8` is there to see on a CPU what FP8 does to a result."""
 _LAST = ("triton", "efficient", "math")
 PREFERENCE: Mapping[int, tuple[str, ...]] = {
     0: ("cpu", "math"),
@@ -166,6 +190,16 @@ PREFERENCE: Mapping[int, tuple[str, ...]] = {
 """By compute capability, from which on it holds. FlashInfer and xFormers run where they are named."""
 WIDE_PREFERENCE = ("efficient", "triton", "math")
 """For float32 on CUDA devices."""
+
+
+def backend_named(name: str) -> Backend:
+    """A backend in any precision."""
+    return FP8_BACKENDS[name] if name in FP8_BACKENDS else BACKENDS[name]
+
+
+def fp8_backend(device: torch.device) -> str:
+    """The name of the one for a device."""
+    return "fa3_fp8" if device.type == "cuda" else "math_fp8"
 
 
 def check_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
@@ -211,12 +245,13 @@ def choose(problem: Problem, name: str) -> str:
 
     Raises: AttentionBackendError.
     """
-    if name not in NAMES:
+    if name not in NAMES and name not in FP8_BACKENDS:
         raise AttentionBackendError(f"attention {name!r}: must be one of {', '.join(NAMES)}", param="attention")
     if name != AUTO:
-        obstacle = BACKENDS[name].obstacle(problem)
+        obstacle = backend_named(name).obstacle(problem)
         if obstacle is not None:
-            raise AttentionBackendError(f"attention {name!r} {obstacle}", param="attention")
+            param = "attention_precision" if name in FP8_BACKENDS else "attention"
+            raise AttentionBackendError(f"attention {name!r} {obstacle}", param=param)
         return name
     return next(name for name in (*_order(problem), "math") if not BACKENDS[name].obstacle(problem))
 

@@ -42,10 +42,31 @@ def _imported(module: str) -> Any:
 
 
 def attend_fa3(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """FlashAttention 3 by the operator that `fa3_fwd_interface` registers; its own wrapper is there for training."""
+    """FlashAttention 3 in bfloat16."""
+    return run_fa3(q, k, v, segments, (None, None, None))
+
+
+def run_fa3(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scales: tuple[Tensor | None, Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention 3 by the operator that `fa3_fwd_interface` registers; its own wrapper is there for training.
+
+    Args:
+        scales: of q, k and v in e4m3, each [sequences, H] float32; None in bfloat16.
+    """
     forward = _imported(FA3_MODULE).fa3_fwd_cuda.fwd
+    q_scale, k_scale, v_scale = scales
     if segments.is_dense:
-        out, lse, *_ = forward(q[None], k[None], v[None], softmax_scale=segments.scale, num_splits=1)
+        out, lse, *_ = forward(
+            q[None],
+            k[None],
+            v[None],
+            q_descale=q_scale,
+            k_descale=k_scale,
+            v_descale=v_scale,
+            softmax_scale=segments.scale,
+            num_splits=1,
+        )
         return out[0], lse[0]  # (1, Nq, H, Dh) and (1, H, Nq)
     out, lse, *_ = forward(
         q,
@@ -55,6 +76,9 @@ def attend_fa3(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Ten
         cu_seqlens_k=on_device(segments.cu_k, q.device),
         max_seqlen_q=segments.max_q,
         max_seqlen_k=segments.max_k,
+        q_descale=q_scale,
+        k_descale=k_scale,
+        v_descale=v_scale,
         softmax_scale=segments.scale,
         num_splits=1,
     )

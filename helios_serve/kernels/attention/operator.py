@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from helios_serve.kernels.attention.backends import BACKENDS, backend_for
+from helios_serve.kernels.attention.backends import backend_for, backend_named
 from helios_serve.kernels.attention.segments import Segments
 from helios_serve.kernels.attention.torch_attention import empty_results
 from helios_serve.kernels.launch import operator
@@ -47,7 +47,7 @@ def _attend_by_backend(
         return empty_results(q)
     bias = None if key_bias is None else key_bias[:num_k]
     segments = Segments(cu_q=tuple(cu_q), cu_k=tuple(cu_k), scale=scale, key_bias=bias, backend=backend)
-    chosen = BACKENDS[backend_for(q, segments)]
+    chosen = backend_named(backend_for(q, segments))
     if num_q == len(q):
         return chosen.attend(q, k[:num_k], v[:num_k], segments)
     out, lse = empty_results(q)

@@ -6,6 +6,9 @@ Knows host integers and how to upload them without waiting; knows no backend.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -54,11 +57,34 @@ def attention_scale(head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim)
 
 
-@lru_cache(maxsize=4 * NUM_SHAPES)
+_USED: ContextVar[list[Tensor] | None] = ContextVar("used", default=None)
+
+
 def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [len(values)] on the device, uploaded once for equal values and not waited for.
 
     Other streams may use it only after the one that was current at its first use.
     """
+    uploaded = _uploaded(values, device)
+    used = _USED.get()
+    if used is not None:
+        used.append(uploaded)
+    return uploaded
+
+
+@contextmanager
+def used_bounds() -> Iterator[list[Tensor]]:
+    """A list of what `on_device` gives in the block: a recorded graph reads it for as long as it lives, whether or not
+    it is still kept here."""
+    used: list[Tensor] = []
+    token = _USED.set(used)
+    try:
+        yield used
+    finally:
+        _USED.reset(token)
+
+
+@lru_cache(maxsize=4 * NUM_SHAPES)
+def _uploaded(values: tuple[int, ...], device: torch.device) -> Tensor:
     host = torch.tensor(values, dtype=torch.int32)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
