@@ -19,8 +19,9 @@ if ! is_ready .packages "$packages"; then
     pip install --no-deps vllm==0.30.0 vllm-omni==0.30.0
     pip install \
         accelerate==1.12.0 aenum==3.1.16 aiohttp anthropic 'av>=18.1,<20' blake3 cachetools cbor2 cloudpickle depyf==0.20.0 \
-        diffusers==0.40.0 einops 'fastapi[standard]>=0.133,<0.137' filelock ftfy 'gguf>=0.10' httpx 'huggingface-hub>=1.31,<2' \
-        ijson 'imageio[ffmpeg]>=2.37.2' janus jsonschema lark==1.2.2 'llguidance>=1.7,<1.8' lm-format-enforcer==0.11.3 loguru \
+        diffusers==0.40.0 einops 'fastapi[standard]>=0.133,<0.137' filelock ftfy 'gguf>=0.10' httpx httpx2 \
+        'huggingface-hub>=1.31,<2' ijson 'imageio[ffmpeg]>=2.37.2' janus jsonschema lark==1.2.2 'llguidance>=1.7,<1.8' \
+        lm-format-enforcer==0.11.3 loguru \
         'mcp>=2,<3' 'mistral-common[image]>=1.11.6' 'model-hosting-container-standards>=0.1.14,<1' msgpack msgspec \
         numba==0.65.0 'numpy<2.4' 'omegaconf>=2.3' openai-harmony 'openai>=2.25' 'opencv-python-headless>=4.13' \
         opentelemetry-api opentelemetry-exporter-otlp opentelemetry-sdk 'opentelemetry-semantic-conventions-ai>=0.4.1' \

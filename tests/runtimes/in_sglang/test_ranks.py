@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
 
 from helios_serve.errors import UnsupportedOperationError
 from tests.conftest import MakeCheckpoint
-from tests.runtimes.in_sglang.conftest import STEPS, Frames, Native
+from tests.runtimes.in_sglang.conftest import STEPS, Native
+from tests.runtimes.in_sglang.started import frames_of, generator
 
 pytestmark = pytest.mark.timeout(1800)  # each process that SGLang starts imports for half a minute
-
-
-@contextmanager
-def generator(checkpoint: Path, **settings: Any) -> Iterator[DiffGenerator]:
-    started = DiffGenerator.from_pretrained(
-        model_path=str(checkpoint), dit_precision="fp32", output_path=str(checkpoint.parent / "out"), **settings
-    )
-    try:
-        yield started
-    finally:
-        started.shutdown()
-
-
-def frames_of(started: DiffGenerator, prompt: str, **fields: Any) -> Frames:
-    asked = {"width": 64, "height": 64, "seed": 7, "num_frames": 66, **fields}
-    result = started.generate({"prompt": prompt, "save_output": False, "return_frames": True, **asked})
-    return np.stack(result.frames)
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,9 @@ from sglang.multimodal_gen.runtime.disaggregation.transport.codec import pack_te
 from sglang.multimodal_gen.runtime.entrypoints.utils import materialize_output_sample
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 
-from helios_serve.model_executor.runtimes.sglang_requests import HeliosServeSamplingParams
 from tests.conftest import MakeCheckpoint
 from tests.runtimes.in_sglang.conftest import STEPS, Frames, Native
-from tests.runtimes.in_sglang.test_worker import PIXELS, Runtime
+from tests.runtimes.in_sglang.started import PIXELS, Runtime
 
 ROLES = (RoleType.ENCODER, RoleType.DENOISER, RoleType.DECODER)
 
@@ -34,15 +33,15 @@ def sent(request: Req) -> Req:
     """The request as the next role receives it."""
     head, buffers = pack_tensors(*extract_transfer_fields(request))
     tensors, scalars = unpack_tensors([head, *(bytes(buffer._view) for buffer in buffers)])
-    receiver = SimpleNamespace(_disagg_sampling_params_cls=HeliosServeSamplingParams)
+    receiver = SimpleNamespace(_disagg_sampling_params_cls=type(request.sampling_params))
     received: Req = SchedulerDisaggMixin._build_disagg_req(receiver, scalars, tensors)
     return received
 
 
-def made_apart(checkpoint: Path, **fields: Any) -> Frames:
-    roles = [Runtime(checkpoint, disagg_role=role.value, disagg_mode=True) for role in ROLES]
+def made_apart(checkpoint: Path, settings: dict[str, Any], **fields: Any) -> Frames:
+    roles = [Runtime(checkpoint, disagg_role=role.value, disagg_mode=True, **settings) for role in ROLES]
     for role, runtime in zip(ROLES, roles, strict=True):
-        assert [stage.role_affinity for stage in runtime.worker.pipeline.stages] == [role]
+        assert {stage.role_affinity for stage in runtime.worker.pipeline.stages} == {role}
     request = roles[0].request(**fields)
     for runtime in roles[:2]:
         request = sent(runtime.worker.execute_forward([request], return_req=True))
@@ -62,6 +61,6 @@ def test_a_video_that_went_from_role_to_role_is_the_engine_s(
     media = {"t2v": {}, "i2v": {"image": tmp_path / "first.png"}, "v2v": {"video": tmp_path / "clip.npy"}}[task]
     theirs = {f"{kind}_path": str(path) for kind, path in media.items()}
     ours = {kind: str(path) for kind, path in media.items()}
-    frames = made_apart(checkpoint, num_frames=70, **theirs, api_fields={"steps": STEPS[variant]})
+    frames = made_apart(checkpoint, {}, num_frames=70, **theirs, api_fields={"steps": STEPS[variant]})
     expected = native(checkpoint, "a fox", num_frames=70, steps=STEPS[variant], **ours)
     assert np.array_equal(frames, expected)

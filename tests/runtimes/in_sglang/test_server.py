@@ -3,6 +3,7 @@ and WebSocket."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import time
@@ -18,13 +19,13 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from tests.conftest import MakeCheckpoint
-from tests.runtimes.in_sglang.conftest import STEPS, Frames, Native, Server, StartServer
+from tests.runtimes.in_sglang.conftest import STEPS, Native, Server, StartServer
+from tests.runtimes.in_sglang.served import LOSSLESS, content, finished, play, post
 from tests.runtimes.pictures import MAX_LUMA_ERROR, PIXELS, as_mp4, luma, luma_of
 
 pytestmark = pytest.mark.timeout(1800)  # each process that SGLang starts imports for half a minute
 
 BATCHING = ("--batching-max-size", "3", "--batching-delay-ms", "1500")
-LOSSLESS = {"output_compression": 100}
 
 
 @pytest.fixture(scope="module", params=["base", "mid", "distilled"])
@@ -37,28 +38,6 @@ def distilled(server: Server) -> Server:
     if server.variant != "distilled":
         pytest.skip("once is enough")
     return server
-
-
-def post(server: Server, **fields: Any) -> httpx.Response:
-    body = {"prompt": "a fox", "size": "64x64", "seed": 7, "num_frames": 40, **LOSSLESS, **fields}
-    return httpx.post(f"{server.url}/v1/videos", json=body, timeout=120)
-
-
-def finished(server: Server, video_id: str) -> dict[str, Any]:
-    until = time.monotonic() + 240
-    while time.monotonic() < until:
-        job: dict[str, Any] = httpx.get(f"{server.url}/v1/videos/{video_id}", timeout=60).json()
-        if job["status"] in {"completed", "failed"}:
-            return job
-        time.sleep(0.2)
-    raise TimeoutError(server.log.read_text()[-4000:])
-
-
-def content(server: Server, answer: httpx.Response) -> bytes:
-    assert answer.status_code == 200, answer.text
-    job = finished(server, answer.json()["id"])
-    assert job["status"] == "completed", job
-    return httpx.get(f"{server.url}/v1/videos/{job['id']}/content", timeout=60).content
 
 
 def test_the_log_names_the_backend(server: Server) -> None:
@@ -152,44 +131,22 @@ def test_several_outputs_of_a_request(distilled: Server, tiny_distilled: Path, n
         assert np.abs(made - expected).mean() < MAX_LUMA_ERROR
 
 
-def play(server: Server, first: dict[str, Any], changes: dict[int, Any]) -> tuple[list[Frames], list[int | None]]:
-    """The chunks of a session, and the event that each shows. changes: what is sent when a chunk is there."""
-    chunks: dict[int, list[bytes]] = {}
-    events: dict[int, int | None] = {}
-    start = {"type": "init", "prompt": "a fox", "size": "64x64", "seed": 7, "realtime_output_format": "raw", **first}
-    with connect(server.url.replace("http", "ws") + "/v1/realtime_video/generate", max_size=None) as socket:
-        socket.send(msgspec.msgpack.encode(start))
-        header: dict[str, Any] = {}
-        for message in socket:
-            assert isinstance(message, bytes)
-            if header.get("type") == "frame_batch_header":
-                chunks.setdefault(header["chunk_index"], []).append(message)
-                events[header["chunk_index"]] = header.get("event_id")
-                header = {}
-                continue
-            header = msgspec.msgpack.decode(message)
-            assert header["type"] != "error", header
-            if header["type"] == "frame_batch":
-                chunks.setdefault(header["chunk_index"], []).append(header["payload"])
-                events[header["chunk_index"]] = header.get("event_id")
-            if header["type"] == "chunk_stats" and header["chunk_index"] in changes:
-                change = changes[header["chunk_index"]]
-                event = {"type": "event", "kind": "prompt", "payload": change, "event_id": header["chunk_index"]}
-                socket.send(msgspec.msgpack.encode(event))
-    order = sorted(chunks)
-    assert order == list(range(len(order)))
-    pictures = [np.frombuffer(b"".join(chunks[index]), np.uint8).reshape(-1, 64, 64, 3) for index in order]
-    return pictures, [events[index] for index in order]
-
-
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("task", ["t2v", "i2v", "v2v"])
 def test_a_session_plays_chunk_by_chunk(
     task: str, server: Server, make_checkpoint: MakeCheckpoint, native: Native, tmp_path: Path
 ) -> None:
     steps = STEPS[server.variant]
-    Image.fromarray(PIXELS[0]).save(tmp_path / "first.png")
-    first: dict[str, Any] = {"first_frame": (tmp_path / "first.png").read_bytes()} if task == "i2v" else {}
-    own = {"image": str(tmp_path / "first.png")} if task == "i2v" else {}
+    first: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    if task == "i2v":
+        Image.fromarray(PIXELS[0]).save(tmp_path / "first.png")
+        first = {"first_frame": (tmp_path / "first.png").read_bytes()}
+        own = {"image": str(tmp_path / "first.png")}
+    if task == "v2v":
+        (tmp_path / "clip.mp4").write_bytes(as_mp4(PIXELS))
+        clip = base64.b64encode((tmp_path / "clip.mp4").read_bytes()).decode()
+        first = {"video_path": f"data:video/mp4;base64,{clip}"}
+        own = {"video": str(tmp_path / "clip.mp4")}
     chunks, _ = play(server, {"num_frames": 70, "steps": steps, **first}, {})
     assert [len(chunk) for chunk in chunks] == [33, 33, 4]
     expected = native(make_checkpoint(server.variant), "a fox", num_frames=70, steps=steps, **own)

@@ -11,56 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
 from sglang.multimodal_gen.registry import get_model_info
-from sglang.multimodal_gen.runtime.entrypoints.utils import prepare_request
-from sglang.multimodal_gen.runtime.managers.gpu_worker import GPUWorker
-from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
-from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks
-from sglang.multimodal_gen.runtime.server_args import ServerArgs, set_global_server_args
+from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.runtime.warmup_request_builder import build_warmup_reqs
 
 from helios_serve.errors import UnsupportedOperationError
 from helios_serve.model_executor.runtimes.sglang_classes import HeliosServeConfig, HeliosServePipeline
-from helios_serve.model_executor.spread import predict
+from helios_serve.model_executor.runtimes.sglang_requests import model_info, read_sampling
+from helios_serve.model_executor.runtimes.sglang_settings import model_config
 from tests.conftest import MakeCheckpoint
-from tests.runtimes.in_sglang.conftest import STEPS, Frames, Native, free_port
+from tests.runtimes.direct import first_chunk
+from tests.runtimes.in_sglang.conftest import STEPS, Native
+from tests.runtimes.in_sglang.started import PIXELS, Runtime, forwards
 
-PIXELS = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), dtype=np.uint8)
 VARIANTS = ["base", "mid", "distilled"]
-
-
-class Runtime:
-    """SGLang for one checkpoint: what its front end makes of a request, and what its worker makes of that."""
-
-    def __init__(self, checkpoint: Path, **settings: Any) -> None:
-        apply_plugin_hooks()
-        self.args = ServerArgs.from_kwargs(
-            model_path=str(checkpoint),
-            **{"dit_precision": "fp32", "output_path": str(checkpoint.parent / "out"), **settings},
-        )
-        set_global_server_args(self.args)
-        self.worker = GPUWorker(local_rank=0, rank=0, master_port=free_port(), server_args=self.args)
-
-    def request(self, prompt: str = "a fox", **fields: Any) -> Req:
-        """Raises: ValueError as the front end does."""
-        fields = {"width": 64, "height": 64, "seed": 7, "num_frames": 40, **fields}
-        own = {"save_output": False, "return_frames": True, "return_file_paths_only": False}
-        sampling = SamplingParams.from_user_sampling_params_args(
-            self.args.model_path, server_args=self.args, prompt=prompt, **own, **fields
-        )
-        request = prepare_request(self.args, sampling)
-        sampling.prepare_video_request_for_queue(request)
-        return request
-
-    def run(self, *requests: Req) -> list[Frames]:
-        output = self.worker.execute_forward(list(requests))
-        assert output.error is None, output.error
-        return list(output.output)
-
-    def generate(self, prompt: str = "a fox", **fields: Any) -> Frames:
-        (frames,) = self.run(self.request(prompt, **fields))
-        return frames
 
 
 @pytest.fixture(scope="module")
@@ -155,21 +119,15 @@ def test_frames_are_trimmed(num_frames: int, distilled: Runtime) -> None:
 
 
 def test_a_group_shares_forwards_whatever_each_asks_for(
-    distilled: Runtime, tiny_distilled: Path, native: Native, monkeypatch: pytest.MonkeyPatch
+    distilled: Runtime, tiny_distilled: Path, native: Native
 ) -> None:
-    shared: list[int] = []
-
-    def counted(transformer: Any, sequences: Any, mesh: Any) -> Any:
-        shared.append(len(sequences))
-        return predict(transformer, sequences, mesh)
-
-    monkeypatch.setattr("helios_serve.model_executor.runner.predict", counted)
     asked: list[dict[str, Any]] = [
         {"prompt": "a fox", "num_frames": 66},
         {"prompt": "a dog", "num_frames": 40, "width": 128, "seed": 9},
         {"prompt": "a cat", "num_frames": 33, "guidance_scale": 3.0, "negative_prompt": "rain"},
     ]
-    videos = distilled.run(*(distilled.request(**fields) for fields in asked))
+    with forwards() as shared:
+        videos = distilled.run(*(distilled.request(**fields) for fields in asked))
     assert shared == [4] * 12 + [2] * 6
     for frames, fields in zip(videos, asked, strict=True):
         size = f"{fields.pop('width', 64)}x64"
@@ -177,28 +135,32 @@ def test_a_group_shares_forwards_whatever_each_asks_for(
         assert np.abs(frames.astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize(("variant", "fields"), [("base", {}), ("mid", {}), ("distilled", {}), ("distilled", {"n": 1})])
+@pytest.mark.parametrize(
+    ("variant", "fields"),
+    [
+        ("base", {}),
+        ("base", {"guidance_scale": 1.0}),
+        ("base", {"steps": [3], "use_zero_init": True}),
+        ("mid", {}),
+        ("distilled", {}),
+        ("distilled", {"guidance_scale": 3.0}),
+    ],
+)
 def test_as_many_forwards_as_the_engine_s(
     variant: str,
     fields: dict[str, Any],
     runtime: Callable[[str], Runtime],
     make_checkpoint: MakeCheckpoint,
     native: Native,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    counts: list[int] = []
-
-    def counted(transformer: Any, sequences: Any, mesh: Any) -> Any:
-        counts.append(len(sequences))
-        return predict(transformer, sequences, mesh)
-
     served = runtime(variant)
-    monkeypatch.setattr("helios_serve.model_executor.runner.predict", counted)
-    served.generate(num_frames=66, api_fields={"steps": STEPS[variant], **fields})
-    theirs = list(counts)
-    counts.clear()
-    native(make_checkpoint(variant), "a fox", num_frames=66, steps=STEPS[variant], **fields)
-    assert theirs == counts
+    asked = {"steps": STEPS[variant], **fields}
+    with forwards() as theirs:
+        served.generate(num_frames=66, api_fields=asked)
+    with forwards() as ours:
+        native(make_checkpoint(variant), "a fox", num_frames=66, **asked)
+    assert theirs == ours
+    assert theirs
 
 
 def test_several_outputs_are_videos_of_the_seeds_that_follow(
@@ -266,6 +228,18 @@ def test_a_setting_that_would_be_ignored_is_refused_at_launch(
 def test_offload_is_this_package_s_own(settings: dict[str, Any], tiny_distilled: Path, native: Native) -> None:
     frames = Runtime(tiny_distilled, **settings).generate(num_frames=33)
     assert np.array_equal(frames, native(tiny_distilled, "a fox", num_frames=33))
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_bfloat16_and_fp8_are_this_package_s(quantization: str | None, tiny_distilled: Path) -> None:
+    """The same model, driven without the runtime, makes the same frames: the runtime has changed nothing in it."""
+    served = Runtime(tiny_distilled, dit_precision="bf16", quantization=quantization)
+    config = model_config(served.args)
+    assert (config.dtype, config.quantize) == ("bfloat16", "none" if quantization is None else "fp8")
+    request = served.request(num_frames=33)
+    expected = first_chunk(config, read_sampling(request.sampling_params, model_info(str(tiny_distilled))))
+    (frames,) = served.run(request)
+    assert np.array_equal(frames, expected)
 
 
 def test_a_warm_up_is_a_chunk_of_the_size_and_steps_that_are_served(distilled: Runtime) -> None:

@@ -107,7 +107,7 @@ def _serving(checkpoint: Path, flags: tuple[str, ...], folder: Path) -> Iterator
             [*command, "--dtype", "float32", *flags],
             stdout=output,
             stderr=output,
-            env={**os.environ, "HELIOS_VLLM_WORK": str(server.work)},
+            env={**os.environ, "HELIOS_WORK": str(server.work)},
         )
     try:
         _wait_until_up(server, process)

@@ -112,7 +112,7 @@ def test_tokens_need_not_divide_by_the_ranks(num_ranks: int, tiny_distilled: Pat
 def test_ranks_share_the_sequences_of_guidance(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HELIOS_VLLM_WORK", str(tmp_path))
+    monkeypatch.setenv("HELIOS_WORK", str(tmp_path))
     with omni(make_checkpoint("mid"), cfg_parallel_size=2) as started:
         forwards(tmp_path)
         guided = {"guidance_scale": 5.0, "guidance_scale_provided": True}

@@ -22,6 +22,7 @@ from helios_serve.model_executor.runtimes.vllm_settings import model_config
 from helios_serve.model_executor.transformer import HeliosTransformer
 from helios_serve.types import VideoRequest
 from tests.conftest import MakeCheckpoint
+from tests.runtimes.direct import first_chunk
 from tests.runtimes.in_vllm.conftest import Frames
 from tests.runtimes.in_vllm.omni import frames_of, omni, sampling
 
@@ -78,12 +79,7 @@ def test_bfloat16_and_fp8_are_this_package_s(
             (output,) = started.generate("a fox", sampling(num_frames=33, extra_args={"steps": STEPS}))
     ((config, _),) = loaded
     assert (config.dtype, config.quantize) == ("bfloat16", "none" if quantization is None else "fp8")
-    videos = Videos(load_model(config))
-    run = videos.encode(admitted[-1])
-    videos.begin_chunk(run)
-    while not run.is_finished:
-        videos.step([run])
-    assert np.array_equal(frames_of(output), videos.frames(run).numpy())
+    assert np.array_equal(frames_of(output), first_chunk(config, admitted[-1]))
 
 
 @pytest.mark.parametrize(("variant", "tokens"), [("base", [1]), ("distilled", [1, 4, 16])])

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-FOLDER = "HELIOS_VLLM_WORK"
+FOLDER = "HELIOS_WORK"
 """Names the folder to which each process adds a file: one line for each forward, with the sequences that it had."""
 
 
@@ -27,12 +27,15 @@ class _Counter:
         nn.modules.module.register_module_forward_hook(self._note, with_kwargs=True, always_call=False)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        name = type(module).__name__
-        if name == "HeliosTransformer":
-            num_sequences = len(args[0].grids)
-        elif name == "HeliosTransformer3DModel":
-            num_sequences = len(kwargs["hidden_states"])
-        else:
-            return
-        with self._path.open("a") as file:
-            file.write(f"{num_sequences}\n")
+        num_sequences = sequences_in(module, args, kwargs)
+        if num_sequences is not None:
+            with self._path.open("a") as file:
+                file.write(f"{num_sequences}\n")
+
+
+def sequences_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """How many a forward has; None if it is not one of a Helios transformer, a backend's own or this package's."""
+    name = type(module).__name__
+    if name == "HeliosTransformer":
+        return len(args[0].grids)
+    return len(kwargs["hidden_states"]) if name == "HeliosTransformer3DModel" else None
