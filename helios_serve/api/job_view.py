@@ -22,7 +22,7 @@ from helios_serve.types import FRAMES_PER_CHUNK, Segment, VideoRequest
 
 NUM_KEPT_INITS = 256
 MAX_SHARED_BYTES = 64 << 20
-"""Of segments of running jobs that are kept for further viewers."""
+"""Of segments that viewers share while their job runs."""
 LIVE_AGE_S = 1.0
 """How old an answer of the store about a job that runs here may be, as this process knows its own changes."""
 AWAY_AGE_S = 0.1
@@ -126,9 +126,11 @@ class JobViews:
         self._segments.forget(job_id)
 
     def publish(self, live: LiveJob, segment: Segment, standing: records.Standing) -> None:
-        """A segment of a job that runs here is durable: whoever watches is shown it without asking the store."""
+        """A segment of a job that runs here is durable: whoever watches is shown both without asking the store."""
         row = standing.job
         self._standings.put(row.tenant, row.id, standing, mark=_mark(live))
+        if not live.is_watched:
+            return
         made_ms = live.stats.generated_ms
         shown = _shown(live.request, segment.chunk, segment.init, segment.media, segment.num_frames, made_ms)
         self._segments.add(row.id, shown)

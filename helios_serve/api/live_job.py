@@ -71,6 +71,8 @@ class LiveJob:
     play_state: PlayState = "running"
     applied: list[AppliedControl] = field(default_factory=list)
     started_mono_s: float | None = None
+    is_watched: bool = False
+    """Whether somebody follows it, or did."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _stepped: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -35,6 +35,7 @@ from helios_serve.api.jobs import (
     StoredVideo,
 )
 from helios_serve.api.limits import Limiter
+from helios_serve.api.live_job import LiveJob
 from helios_serve.api.session import Hold, Session, SessionConfig, SessionDesk
 from helios_serve.api.video_files import Muxer, Pixels, Still, Stills, VideoFiles
 from helios_serve.api.watching import JobWatch
@@ -43,7 +44,7 @@ from helios_serve.store import records
 from helios_serve.store.connect import Stores
 from helios_serve.store.paging import PageRequest
 from helios_serve.telemetry import Metrics
-from helios_serve.types import ModelInfo, SamplingParams
+from helios_serve.types import ModelInfo, SamplingParams, Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +94,7 @@ class VideoService:
         self._metrics = metrics
         self._engine = engine
         self._config = config
-        self._runner = JobRunner(
-            stores, engine, self._finish, lambda *news: self._views.publish(*news), config.runner, metrics
-        )
+        self._runner = JobRunner(stores, engine, self._finish, self._publish, config.runner, metrics)
         self._views = JobViews(stores, self._runner)
         self._watch = JobWatch(self._runner, self._views)
         start_in_s, name = engine.start_in_s, model.name
@@ -280,6 +279,9 @@ class VideoService:
     async def raw(self, segment: JobSegment, pixels: Pixels) -> JobSegment:
         """A segment with its pictures, decoded, for its media; no init segment belongs to them."""
         return await self._files.raw(segment, pixels)
+
+    def _publish(self, live: LiveJob, segment: Segment, standing: records.Standing) -> None:
+        self._views.publish(live, segment, standing)
 
     async def _finish(self, video_id: str, tenant: str) -> None:
         """The last segment is durable: makes the file, before somebody asks."""

@@ -89,6 +89,9 @@ class Recent(Generic[V]):
         return found
 
     def _keep(self, key: tuple[str, str], found: _Dated[V]) -> None:
+        kept = self._kept.get(key)
+        if kept is not None and kept.begun_at > found.begun_at:
+            return
         self._kept[key] = found
         self._kept.move_to_end(key)
         if len(self._kept) > MAX_RECENT:
@@ -96,7 +99,7 @@ class Recent(Generic[V]):
 
 
 class SegmentCache:
-    """Segments of running jobs, least recently used out first.
+    """Segments of jobs that are watched while they run, least recently used out first.
 
     Args:
         max_bytes: of all together.

@@ -119,12 +119,12 @@ class ServerSentEvents:
         """A segment's event, its base64 made as it is sent: it needs no escape in JSON."""
         event = self._event("video_generation.partial_video", _partial(segment), segment.index + 1)
         head, field, tail = event.partition(b'"b64_json":"')
-        begin = head + field
-        data = segment.media if segment.index > 0 else segment.init + segment.media
-        *others, last = _pieces(data)
-        for piece in others:
-            yield begin + b64encode(piece)
-            begin = b""
+        begin, last = head + field, b""
+        for piece in _pieces(segment.media if segment.index > 0 else segment.init + segment.media):
+            if last:
+                yield begin + b64encode(last)
+                begin = b""
+            last = piece
         yield begin + b64encode(last) + tail
 
     def _event(self, kind: str, data: Mapping[str, Any], number: int | None = None) -> bytes:

@@ -51,7 +51,7 @@ class JobWatch:
         """
         async with aclosing(self.events_or_pauses(tenant, job_id, start, with_steps=with_steps)) as events:
             async for event in events:
-                assert event is not None
+                assert event is not None  # there are no pauses without pause_s
                 yield event
 
     async def events_or_pauses(
@@ -61,7 +61,9 @@ class JobWatch:
         following, shown, told_s = start, None, time.monotonic()
         while True:
             live = self._runner.live(job_id)
-            change = None if live is None else live.next_change(with_steps=with_steps)
+            change = None
+            if live is not None:
+                live.is_watched, change = True, live.next_change(with_steps=with_steps)
             standing = await self._views.standing(tenant, job_id)
             if following < standing.num_published:
                 yield await self._views.published(standing, following)

@@ -7,7 +7,6 @@ from dataclasses import Field, dataclass, fields
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
-from pydantic import TypeAdapter, ValidationError
 
 from helios_serve.config import AUTO, Device, DType, ExecutorConfig, GivenDegrees, ModelConfig
 from helios_serve.errors import InvalidRequestError
@@ -105,6 +104,8 @@ def cluster_of(settings: Sequence[str]) -> ExecutorConfig:
 
     Raises: InvalidRequestError for an unknown name or a value that does not do.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     known = {field.name: TypeAdapter(kind) for field, kind in _cluster_fields()}
     given: dict[str, Any] = {}
     for setting in settings:

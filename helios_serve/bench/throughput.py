@@ -28,6 +28,11 @@ from helios_serve.parallel.peer_memory import PeerAxis
 from helios_serve.types import FRAMES_PER_CHUNK, ModelInfo
 
 FORMAT = 1
+_SHAPE = (
+    *("num_encoders", "num_dit_groups", "num_dit_ranks", "num_vaes", "num_vae_ranks"),
+    *("ulysses", "ring", "cfg_degree", "head_groups", "symmetric_memory"),
+)
+"""Settings of a cluster that distinguish its points."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +130,12 @@ def _run_on_cluster(run: ThroughputRun, cluster: ExecutorConfig) -> None:
 
 
 def _cluster_cell(run: ThroughputRun, cluster: ExecutorConfig, batch: int) -> Cell:
-    groups, ranks = cluster.num_dit_groups, cluster.num_dit_ranks
+    usual = ExecutorConfig()
+    chosen = {name: getattr(cluster, name) for name in _SHAPE if getattr(cluster, name) != getattr(usual, name)}
     return Cell(
         engine="helios_serve on Ray",
-        ranks=groups * ranks,
-        degrees=f"{groups} x {ranks}, {cluster.num_vaes} x {cluster.num_vae_ranks} VAE",
+        ranks=cluster.num_dit_groups * cluster.num_dit_ranks,
+        degrees=", ".join(f"{name} {value}" for name, value in chosen.items()) or "one of each",
         batch=batch,
         precision=_precision(run.model),
     )

@@ -38,7 +38,9 @@ def bench_throughput(
         bool, typer.Option("--symmetric-memory", help="--ulysses writes into other ranks' memory where it can.")
     ] = False,
     decode: Annotated[bool, typer.Option(help="Make pixels, shared by the ranks, and segments, too.")] = True,
-    warmup: Annotated[int, typer.Option(min=1, help="Chunks of each video that do not count.")] = 2,
+    warmup: Annotated[
+        int, typer.Option(min=1, help="Chunks of each video that do not count; with --ray a video of so many ahead.")
+    ] = 2,
     repeat: Annotated[int, typer.Option(min=1, help="Videos, or batches of them; medians with range.")] = 3,
     compare: Annotated[
         Literal["diffusers"] | None, typer.Option(help="Also measure diffusers' pipeline, where it is installed.")
@@ -50,10 +52,13 @@ def bench_throughput(
     """Make videos offline, on one rank or on several that share each forward, and count frames per second."""
     if warmup >= chunks:
         raise InvalidRequestError(f"warmup {warmup}: must leave one of {chunks} chunks to be counted", param="warmup")
-    if ray and ranks is not None:
-        raise InvalidRequestError("ray: has ranks of its own, num_dit_ranks; leave out ranks", param="ray")
-    if ray and compare is not None:
-        raise InvalidRequestError("compare: not with ray; compare without it, into the same file", param="compare")
+    shares = (ranks, ulysses, ring, cfg_degree, symmetric_memory)
+    if ray and shares != (None, AUTO, AUTO, AUTO, False):
+        raise InvalidRequestError(
+            "ray: has settings of its own for ranks, such as num_dit_ranks=2 ulysses=2", param="ray"
+        )
+    if ray and (compare is not None or not decode):
+        raise InvalidRequestError("ray: makes whole videos; leave out --compare and --no-decode", param="ray")
     if ranks is not None and not is_in_torchrun():
         start_ranks(parse_counts("ranks", ranks), sys.argv[1:])
         return

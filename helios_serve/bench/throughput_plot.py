@@ -29,7 +29,11 @@ def scaling_plot(result: Mapping[str, Any]) -> str:
     heading = f"{result['model']['name']} on {result['device']}, {params['size']}, steps {params['steps']}"
     parts = [
         _text(_LEFT - 40, 24, heading, weight="bold"),
-        _text(_LEFT - 40, 46, f"{'DiT' if has_steps else 'whole videos,'} frames per second of all streams"),
+        _text(
+            _LEFT - 40,
+            46,
+            "DiT frames per second of all streams" if has_steps else "frames per second of whole videos, all streams",
+        ),
         _text(_WIDTH / 2, _HEIGHT - 16, "ranks", anchor="middle"),
     ]
     frame = _Frame(most_ranks, highest)

@@ -42,7 +42,11 @@ class ClusterEngine:
             await self._engine.start()
             await self._engine.wait_ready()
 
-        self._loop.run(start())
+        try:
+            self._loop.run(start())
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,9 +65,12 @@ class ClusterEngine:
 
         async def make_all() -> float:
             began = time.perf_counter()
-            async with asyncio.TaskGroup() as group:
-                for request in requests:
-                    group.create_task(self._make(request))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for request in requests:
+                        group.create_task(self._make(request))
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
             return time.perf_counter() - began
 
         return self._loop.run(make_all())

@@ -30,6 +30,7 @@ from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.store.blob_cache import BlobCache
 from helios_serve.store.data_dir import sync_dir
 from helios_serve.store.errors import BlobMissingError, StoreStartError, storage_error
+from helios_serve.store.in_turn import in_turn
 from helios_serve.store.records import BlobRef
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class BlobStore:
         self._cache = cache
         self._faults = faults
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store-blobs")
+        # What is kept may come from another machine first, which must not hold readers up.
+        self._keepers = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store-keepers")
         self._lock = threading.Lock()
         self._put_at: dict[str, float] = {}
         self._verified: dict[str, int] = {}
@@ -91,14 +94,12 @@ class BlobStore:
         return await self._run(self._put, data)
 
     async def put_then(self, make: Callable[[], bytes], then: Callable[[BlobRef], Future[T]]) -> T:
-        """Stores what `make` returns, and gives what the work gives that `then` begins with the durable blob. Both are
-        called in a thread, and the event loop is woken once, at the end.
+        """Stores what `make` returns, and gives what the work gives that `then` begins with the durable blob, as
+        `in_turn` does.
 
         Raises: as `put`; whatever `make`, `then` and its work raise.
         """
-        answer: Future[T] = Future()
-        self._threads.submit(self._put_then, make, then, answer)
-        return await asyncio.wrap_future(answer)
+        return await in_turn(self._keepers, lambda: _answered(self._put, make()), then)
 
     async def put_file(self, path: Path) -> BlobRef:
         """Stores a file of `staging_file`, and removes it there. Raises: as `put`."""
@@ -179,22 +180,11 @@ class BlobStore:
 
     def close(self) -> None:
         """Waits for what runs."""
+        self._keepers.shutdown()
         self._threads.shutdown()
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: _translated(work, *args, **kwargs)
-        )
-
-    def _put_then(self, make: Callable[[], bytes], then: Callable[[BlobRef], Future[T]], answer: Future[T]) -> None:
-        if not answer.set_running_or_notify_cancel():
-            return
-        try:
-            begun = then(_translated(self._put, make()))
-        except BaseException as error:
-            answer.set_exception(error)
-        else:
-            begun.add_done_callback(lambda done: _hand_over(done, answer))
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: _answered(work, *args, **kwargs))
 
     def _put(self, data: bytes) -> BlobRef:
         key = key_of(data)
@@ -400,7 +390,7 @@ def local_blobs(path: Path, *, faults: FaultPlan = NO_FAULTS) -> BlobStore:
     return BlobStore(LocalStore(path), local=path, staging=path / "staging", faults=faults)
 
 
-def _translated(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _answered(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Its result, with errors of obstore and of the system turned into those of the API."""
     try:
         return work(*args, **kwargs)
@@ -409,14 +399,6 @@ def _translated(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if answer is None:
             raise
         raise answer from error
-
-
-def _hand_over(done: Future[T], answer: Future[T]) -> None:
-    error = done.exception()
-    if error is None:
-        answer.set_result(done.result())
-    else:
-        answer.set_exception(error)
 
 
 def _key(digest: str) -> str:

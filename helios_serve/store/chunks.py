@@ -55,7 +55,9 @@ class Chunks:
 
     async def commit_latents(self, lease: Lease, commit: LatentsCommit) -> bool:
         """The DiT half of the next chunk; applies the controls up to `ctl_seq`. False: fenced, drop the result."""
-        return await self._latents_committed(lease, asyncio.wrap_future(self._begin_latents(lease, commit)))
+        return await self._latents_committed(
+            lease, self._db.write(_commit_latents, lease, commit, self._leases.lease_s)
+        )
 
     async def keep_latents(
         self, lease: Lease, make: Callable[[], bytes], commit: Callable[[BlobRef], LatentsCommit]
@@ -80,7 +82,9 @@ class Chunks:
 
         Raises: DataLossError when the initialisation segment differs from the job's.
         """
-        return await self._segment_committed(lease, asyncio.wrap_future(self._begin_segment(lease, commit)))
+        return await self._segment_committed(
+            lease, self._db.write(_commit_segment, lease, commit, self._leases.lease_s)
+        )
 
     async def keep_segment(
         self, lease: Lease, media: bytes, commit: Callable[[BlobRef], SegmentCommit]
@@ -191,7 +195,7 @@ def _commit_latents(connection: sa.Connection, lease: Lease, commit: LatentsComm
         )
         .values(
             next_chunk=k + 1,
-            lease_until=db_now() + lease_s,
+            lease_until=_prolonged(lease_s),
             attempts=0,
             in_flight=None,
             is_suspect=False,
@@ -227,7 +231,7 @@ def _commit_segment(connection: sa.Connection, lease: Lease, commit: SegmentComm
         sa.update(job)
         .where(job.c.id == lease.job_id, job.c.epoch == lease.epoch, job.c.state == "running")
         .values(
-            lease_until=db_now() + lease_s,
+            lease_until=_prolonged(lease_s),
             init_blob=sa.func.coalesce(job.c.init_blob, init.key),
             bytes_stored=job.c.bytes_stored
             + segment.num_bytes
@@ -258,6 +262,11 @@ def _commit_segment(connection: sa.Connection, lease: Lease, commit: SegmentComm
     if row.num_chunks == row.next_chunk and num_undecoded(connection, lease.job_id) == 0:
         end_job(connection, lease.job_id, old="running", epoch=lease.epoch, new="finished")
     return _progress(connection, lease.job_id)
+
+
+def _prolonged(lease_s: float) -> sa.ColumnElement[Any]:
+    """A job that was given back while its commit was under way stays free."""
+    return sa.case((job.c.owner.is_not(None), db_now() + lease_s), else_=sa.null())
 
 
 def _is_done(connection: sa.Connection, lease: Lease, idx: int, half: str, key: str) -> bool:

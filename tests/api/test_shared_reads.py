@@ -100,17 +100,16 @@ def test_without_steps_there_are_segments_and_the_end(tmp_path: Path) -> None:
 
 
 def test_a_pause_is_told_while_nothing_happens(tmp_path: Path) -> None:
-    """Of a job of this process, and of one that nobody runs."""
-
     async def scenario(parts: Parts) -> None:
-        job = await create(parts.service, "slow", 20)
+        job = await create(parts.service, num_chunks=20)
         shown = parts.service.watch_or_pause(ANONYMOUS, job.id, pause_s=0.2)
+        pauses = 0
         async with aclosing(shown):
-            pauses = 0
             async for event in shown:
                 pauses += event is None
                 if pauses == 3:
                     break
+        assert pauses == 3
 
     run(tmp_path, FakeEngine(step_s=1.0), scenario)
 

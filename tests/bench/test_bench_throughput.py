@@ -69,7 +69,7 @@ def test_a_file_of_whole_videos_alone_is_plotted() -> None:
     cell = replace(ONE, engine="helios_serve on Ray")
     points = [replace(point(replace(cell, ranks=ranks), 10.0 * ranks), dit_fps=None) for ranks in (1, 2)]
     picture = scaling_plot(merged(None, ABOUT, "a", points))
-    assert "whole videos, frames per second" in picture
+    assert "frames per second of whole videos" in picture
     assert len(ElementTree.fromstring(picture).findall(".//{http://www.w3.org/2000/svg}circle")) == 2
 
 
@@ -154,7 +154,7 @@ def test_on_a_cluster_whole_videos_are_timed(tiny_distilled: Path, tmp_path: Pat
     assert made["cell"] == {
         "engine": "helios_serve on Ray",
         "ranks": 2,
-        "degrees": "2 x 1, 1 x 1 VAE",
+        "degrees": "num_dit_groups 2",
         "batch": 3,
         "precision": "float32",
     }

@@ -48,13 +48,13 @@ def test_an_extra_elementwise_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_one_more_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = layers.FeedForward.forward
+    plain = layers.FeedForward.up
 
     def twice(self: layers.FeedForward, *arguments: Any) -> Any:
         plain(self, *arguments)
         return plain(self, *arguments)
 
-    monkeypatch.setattr(layers.FeedForward, "forward", twice)
+    monkeypatch.setattr(layers.FeedForward, "up", twice)
     assert "model/stage0/flops" in rose(model_figures([0]))
 
 
