@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import grpc.aio
 import pytest
@@ -228,7 +230,9 @@ def test_errors_have_their_status_and_details(error: HeliosError, code: str, ret
         assert (refusal.code.name, refusal.reason, refusal.message) == (code, error.code, error.message)
         assert refusal.retry_s == retry_s
         assert refusal.retry_after_ms == (None if retry_s is None else str(round(1000 * retry_s)))
-        assert served.counted("CreateVideo", code) == 1
+        async with asyncio.timeout(10):  # the client hears of it before it is counted
+            while served.counted("CreateVideo", code) != 1:
+                await asyncio.sleep(0.01)
         assert (await served.stub.ListModels(pb.ListModelsRequest())).models
 
     run(scenario)
