@@ -10,7 +10,6 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import sqlalchemy as sa
@@ -63,11 +62,9 @@ class Chunks:
         self, lease: Lease, make: Callable[[], bytes], commit: Callable[[BlobRef], LatentsCommit]
     ) -> bool:
         """Puts the blob that `make` returns, in a thread, and commits it. Raises: as `BlobStore.put_then`."""
-        kept = self._blobs.put_then(make, lambda blob: self._begin_latents(lease, commit(blob)))
+        begin, lease_s = self._db.begin_write, self._leases.lease_s
+        kept = self._blobs.put_then(make, lambda blob: begin(_commit_latents, lease, commit(blob), lease_s))
         return await self._latents_committed(lease, kept)
-
-    def _begin_latents(self, lease: Lease, commit: LatentsCommit) -> Future[bool]:
-        return self._db.begin_write(_commit_latents, lease, commit, self._leases.lease_s)
 
     async def _latents_committed(self, lease: Lease, committing: Awaitable[bool]) -> bool:
         sent_at = self._leases.now()
@@ -90,11 +87,9 @@ class Chunks:
         self, lease: Lease, media: bytes, commit: Callable[[BlobRef], SegmentCommit]
     ) -> Committed | None:
         """Puts the blob and commits it. Raises: as `commit_segment` and `BlobStore.put_then`."""
-        kept = self._blobs.put_then(lambda: media, lambda blob: self._begin_segment(lease, commit(blob)))
+        begin, lease_s = self._db.begin_write, self._leases.lease_s
+        kept = self._blobs.put_then(lambda: media, lambda blob: begin(_commit_segment, lease, commit(blob), lease_s))
         return await self._segment_committed(lease, kept)
-
-    def _begin_segment(self, lease: Lease, commit: SegmentCommit) -> Future[Committed | None]:
-        return self._db.begin_write(_commit_segment, lease, commit, self._leases.lease_s)
 
     async def _segment_committed(self, lease: Lease, committing: Awaitable[Committed | None]) -> Committed | None:
         sent_at = self._leases.now()
