@@ -269,6 +269,6 @@ def _read(copies: Sequence[HostCopy], ended_s: list[float]) -> None:
 SECTIONS = (
     Section(name="chunks_111", value_rank=10, expected_s=30, run=measure_111),
     Section(name="first_chunk", value_rank=12, expected_s=10, run=measure_first_chunk),
-    Section(name="chunks_222", value_rank=17, expected_s=40, run=measure_222),
+    Section(name="chunks_222", value_rank=17, expected_s=50, run=measure_222),
     Section(name="streams", value_rank=47, expected_s=28, run=measure_streams),
 )

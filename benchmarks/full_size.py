@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_serve.model_executor.model_config import MODEL_INDEX_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE
+from helios_serve.model_executor.recommendations import RECOMMENDATIONS_KEY
 from helios_serve.model_executor.tiny_checkpoint import Variant, write_tiny_checkpoint
 
 _VAE_FILE = "vae/config.json"
@@ -49,7 +50,7 @@ def write_full_size(out: Path, variant: Variant = "distilled") -> None:
         path = out / name
         path.write_text(json.dumps(json.loads(path.read_text()) | sizes, indent=2))
     index = json.loads((out / MODEL_INDEX_FILE).read_text())
-    del index["_helios_serve"]  # recommends the tiny checkpoint's sizes
+    del index[RECOMMENDATIONS_KEY]  # recommends the tiny checkpoint's sizes
     (out / MODEL_INDEX_FILE).write_text(json.dumps(index, indent=2))
 
 

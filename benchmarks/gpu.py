@@ -135,9 +135,8 @@ class _Run:
 
     def _sections(self, only: Sequence[str]) -> None:
         done = {section.name for section in self.result.sections}
-        for section in sections():
-            is_wanted = not only or section.name.startswith(tuple(only))
-            if is_wanted and section.name not in done:
+        for section in _in_order(sections(), only):
+            if section.name not in done:
                 self.result.sections.append(_measured(section, self.bench))
                 last = self.result.sections[-1]
                 self._say(section.name, f"{last.status} in {last.seconds:.1f} s {last.reason}")
@@ -161,6 +160,12 @@ class _Run:
             f"{self.bench.remaining_s:.1f}",
         ]
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *self._argv, *rest])
+
+
+def _in_order(known: Sequence[Section], only: Sequence[str]) -> list[Section]:
+    """Those whose names begin with one of `only`, in its order; all, if there is none."""
+    named = [section for prefix in only or ("",) for section in known if section.name.startswith(prefix)]
+    return list({section.name: section for section in named}.values())
 
 
 def _passed(gate: Gate, bench: Bench) -> GateOutcome:
@@ -261,7 +266,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--name", default="all", help="of the run, part of its file's name")
     parser.add_argument("--budget-s", type=float, default=520.0, help="sections that do not fit are cut")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PREFIX", help="measure these; all gates run anyway")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PREFIX", help="measure these, in this order; all gates run"
+    )
     parser.add_argument("--rehearse", action="store_true", help="everything at a tiny size, on the CPU")
     parser.add_argument("--wheels", type=Path, help="folder of packages to compare with")
     parser.add_argument("--allow-dirty", action="store_true", help="run on uncommitted source, keep nothing")

@@ -6,7 +6,9 @@ Knows the transformer and its graphs. Both are timed by the host's clock, as wha
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,23 +18,41 @@ from benchmarks.device_trace import trace
 from benchmarks.host_graphs import HostRecorder, recording_on_host, with_places
 from benchmarks.model import STAGES, Inputs, packed_inputs
 from benchmarks.plan import Bench, Measurement, Section, single
-from benchmarks.timing import Samples
+from benchmarks.timing import Samples, is_lost
 from helios_serve.model_executor.cuda_graph import CudaRecorder, ForwardGraphs
 from helios_serve.model_executor.transformer import HeliosTransformer
 
 _NUM_INPUTS = 3
-_IN_A_ROW = 4
-"""Forwards of one reading: what is launched while the device works costs nothing."""
+_IN_A_ROW, _IN_A_ROW_OF_LAST = 4, 2
+"""Forwards of one reading: what is launched while the device works costs nothing. Those of the last stage are long."""
 _CHUNKS = 8
 
 
 def measure_graphs(bench: Bench) -> list[Measurement]:
     """Each stage, with the same bits or not at all; then chunks."""
     with nullcontext() if bench.device.type == "cuda" else recording_on_host():
-        measurements = [one for stage in STAGES for one in _of_stage(bench, stage)]
+        measurements = [
+            one for stage in STAGES for one in _by_itself(bench, f"stage{stage}", partial(_of_stage, bench, stage))
+        ]
         if bench.remaining_s > 8 or not bench.sizes.is_full:
-            measurements += _chunks(bench)
+            measurements += _by_itself(bench, "chunks", partial(_chunks, bench))
+        if not measurements:
+            raise RuntimeError("; ".join(f"{name}: {why}" for name, why in bench.notes.items()))
         return measurements
+
+
+def _by_itself(bench: Bench, name: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
+    """Nothing and a note, if it fails: what else was measured stays.
+
+    Raises: what `measure` raised, if the device cannot be used any more.
+    """
+    try:
+        return measure()
+    except Exception as error:
+        if is_lost(bench.device):
+            raise
+        bench.notes[name] = f"{type(error).__name__}: {error}"[:300]
+        return []
 
 
 def _of_stage(bench: Bench, stage: int) -> list[Measurement]:
@@ -46,8 +66,8 @@ def _of_stage(bench: Bench, stage: int) -> list[Measurement]:
     inputs = [_with_places(packed_inputs(bench, (stage,), number)) for number in range(_NUM_INPUTS)]
     with torch.inference_mode():
         record_ms = _record(bench, transformer, graphs, inputs)
-        launched = _in_a_row(bench, transformer, inputs)
-        replayed = _in_a_row(bench, graphs, inputs)
+        launched = _in_a_row(bench, transformer, inputs, stage)
+        replayed = _in_a_row(bench, graphs, inputs, stage)
         details = {
             "launched_ms": launched[0].median,
             "speed_up": launched[0].median / replayed[0].median,
@@ -83,15 +103,16 @@ def _record(bench: Bench, transformer: HeliosTransformer, graphs: ForwardGraphs,
     return record_ms
 
 
-def _in_a_row(bench: Bench, forward: Any, inputs: list[Inputs]) -> tuple[Samples, float]:
+def _in_a_row(bench: Bench, forward: Any, inputs: list[Inputs], stage: int) -> tuple[Samples, float]:
     """Milliseconds of one forward, and the share of the time in which no kernel runs."""
+    count = _IN_A_ROW if stage < STAGES[-1] else _IN_A_ROW_OF_LAST
 
     def run(number: int) -> None:
-        for place in range(_IN_A_ROW):
+        for place in range(count):
             forward(*inputs[(number + place) % len(inputs)])
 
-    taken = bench.clock.wall(run, repetitions=max(2, bench.sizes.repetitions // 4))
-    samples = Samples(values=tuple(value / _IN_A_ROW for value in taken.values))
+    taken = bench.clock.wall(run, repetitions=max(2, bench.sizes.repetitions // (4 if stage < STAGES[-1] else 6)))
+    samples = Samples(values=tuple(value / count for value in taken.values))
     seen = trace(bench.device, lambda: run(0))
     return samples, 1 - seen.busy_ms / taken.median if seen.kernels else 0.0
 
@@ -107,4 +128,4 @@ def _chunks(bench: Bench) -> list[Measurement]:
         transformer.has_graphs = False
 
 
-SECTIONS = (Section(name="graphs", value_rank=25, expected_s=25, run=measure_graphs),)
+SECTIONS = (Section(name="graphs", value_rank=25, expected_s=45, run=measure_graphs),)

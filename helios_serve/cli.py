@@ -82,8 +82,11 @@ def make_tiny(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Option(help="Checkpoint directory or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="MP4 to write.")],
+    model: Annotated[
+        str,
+        typer.Option(help="Checkpoint directory or hub id. [a small trained one of this package]", show_default=False),
+    ] = str(flags.EMBEDDED_MODEL),
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid; needs guidance above 1.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image that the video begins from.")] = None,

@@ -63,9 +63,21 @@ class Helios:
     """
 
     def __init__(self, model: str | Path, *, device: Device = "cpu", dtype: DType = "float32") -> None:
-        config = ModelConfig(model=str(model), device=device, dtype=dtype)
+        self._load(ModelConfig(model=str(model), device=device, dtype=dtype))
+
+    @classmethod
+    def configured(cls, config: ModelConfig) -> Helios:
+        """One whose model runs as a server's would, approximations included.
+
+        Raises: CheckpointError when the checkpoint cannot be served.
+        """
+        helios = cls.__new__(cls)
+        helios._load(config)
+        return helios
+
+    def _load(self, config: ModelConfig) -> None:
         loaded = load_model(config)
-        self.info: ModelInfo = loaded.config.info(config.served_name)
+        self.info: ModelInfo = loaded.config.info(config.served_name, approximations=config.approximations)
         self._encoder = EncoderWorker(loaded.text_encoder, loaded.vae)
         self._runner = Runner(loaded.transformer, loaded.rules)
         self._vae = VaeWorker(loaded.vae)

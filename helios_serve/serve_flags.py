@@ -13,9 +13,12 @@ import typer
 from helios_serve.config import Device, DType
 from helios_serve.settings import Derive, Flag
 
-EMBEDDED_MODEL = "helios-tiny"
+EMBEDDED_MODEL = Path(__file__).with_name("helios-tiny")
+"""The small trained checkpoint that comes with the package; docs/tiny-checkpoint.md is its card."""
 
-Model = Annotated[str | None, typer.Argument(help="Checkpoint directory or hub id; a tiny one is made when absent.")]
+Model = Annotated[
+    str | None, typer.Argument(help="Checkpoint directory or hub id. [a small trained one of this package]")
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file with settings; docs/configuration.md lists them.")
 ]
@@ -149,7 +152,7 @@ def given(parameters: Mapping[str, object]) -> list[Flag]:
 def derived() -> dict[str, Derive]:
     """The settings that follow from others or from this machine, where nobody gives them."""
     return {
-        "model.model": lambda known: embedded_model(Path(str(known["server.data_dir"]))),
+        "model.model": lambda known: str(EMBEDDED_MODEL),
         "model.device": lambda known: best_device(),
         "model.dtype": lambda known: dtype_of(str(known["model.device"])),
         "ray.gpus_per_encoder": lambda known: 0.25 * (known["model.device"] == "cuda"),
@@ -169,17 +172,6 @@ def best_device() -> Device:
 def dtype_of(device: str) -> DType:
     """What a model runs in on a device, unless it is told."""
     return "float32" if device == "cpu" else "bfloat16"
-
-
-def embedded_model(data_dir: Path) -> str:
-    """The tiny Distilled checkpoint in the data directory, made on first use."""
-    from helios_serve.model_executor.tiny_checkpoint import write_tiny_checkpoint
-
-    path = data_dir / "models" / EMBEDDED_MODEL
-    if not (path / "model_index.json").is_file():
-        print(f"making a tiny checkpoint with random weights in {path}", flush=True)
-        write_tiny_checkpoint("distilled", path)
-    return str(path)
 
 
 def _typed(name: str) -> str:

@@ -37,7 +37,7 @@ from helios_serve.surfaces import Parts, Surfaces, open_surfaces
 from helios_serve.telemetry import Metrics
 from helios_serve.tracing import Tracing, open_tracing
 from helios_serve.types import FRAMES_PER_CHUNK
-from helios_serve.warmup import warm_up
+from helios_serve.warmup import EXAMPLE_PROMPT, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ async def _welcome(parts: Parts, listeners: Listeners) -> None:
 def _greeting(parts: Parts, listeners: Listeners) -> str:
     """The addresses, and a command to paste."""
     info, url = parts.info, listeners.url
-    body = json.dumps({"prompt": "a red ball rolls over green grass", "num_frames": FRAMES_PER_CHUNK})
+    body = json.dumps({"prompt": info.example_prompt or EXAMPLE_PROMPT, "num_frames": FRAMES_PER_CHUNK})
     key = "-H 'Authorization: Bearer YOUR_KEY' " if parts.server.has_keys else ""
     grpc = "" if listeners.grpc is None else f"gRPC: {shown_address(listeners.grpc)}. "
     admin = "" if listeners.admin is None else f"Probes and metrics: http://{shown_address(listeners.admin)}. "

@@ -18,7 +18,7 @@ from helios_serve.settings import SHORT_ENV, sections, setting_types
 from helios_serve.settings_sources import env_name, type_name
 
 DERIVED = {
-    "model.model": "a tiny checkpoint, made in the data directory",
+    "model.model": "the small trained checkpoint of this package",
     "model.device": "`cuda` where PyTorch sees one, else `cpu`",
     "model.dtype": "`bfloat16` on `cuda`, `float32` on `cpu`",
     "server.data_dir": "`helios-serve` in the user's data directory",

@@ -54,6 +54,8 @@ class ModelInfo:
     recommended_sizes: tuple[tuple[int, int], ...]
     """(width, height) pairs, the default first."""
     max_pixels: int
+    example_prompt: str | None = None
+    """One that shows what the checkpoint can do."""
     approximations: tuple[Approximation, ...] = ()
     """What the server, not the checkpoint, says of every video that begins."""
 

@@ -15,6 +15,9 @@ from helios_serve.types import FRAMES_PER_CHUNK, Failure, ModelInfo, PromptChang
 
 logger = logging.getLogger(__name__)
 
+EXAMPLE_PROMPT = "a red ball rolls over green grass"
+"""For checkpoints that recommend none."""
+
 
 async def warm_up(engine: AsyncEngine, info: ModelInfo, which: Literal["none", "default", "all"]) -> None:
     """Waits until every role has a worker, then makes one chunk of each size: what is compiled or tuned at first use is
@@ -49,5 +52,5 @@ def _request(info: ModelInfo, width: int, height: int) -> VideoRequest:
         amplify_first_chunk=info.variant == "distilled",
         approximations=info.approximations,
     )
-    prompts = (PromptChange(chunk=0, prompt="a red ball rolls over green grass"),)
+    prompts = (PromptChange(chunk=0, prompt=EXAMPLE_PROMPT),)
     return VideoRequest(request_id=f"warmup-{width}x{height}", prompts=prompts, params=params)

@@ -116,9 +116,10 @@ def make(server: Server, **body: object) -> httpx2.Response:
 
 def test_a_server_from_start_to_ctrl_c(data_dir: Path, tmp_path: Path) -> None:
     with serving(data_dir) as server:
-        assert (data_dir / "models" / "helios-tiny" / "model_index.json").is_file()
         assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
-        assert httpx2.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "helios-tiny"
+        (model,) = httpx2.get(f"{server.url}/v1/models").json()["data"]
+        assert (model["id"], model["helios"]["default_steps"]) == ("helios-tiny", [1, 1, 1])
+        assert json.dumps(model["helios"]["example_prompt"]) in server.curl
         about = httpx2.get(f"{server.url}/version").json()
         assert (about["version"], about["device"], about["dtype"]) == (__version__, "cpu", "float32")
         assert about["commit"] == "c0ffee"
@@ -330,7 +331,7 @@ def test_tls_with_client_certificates_and_signing_keys_of_all_replicas(
                 assert client.get(at, params={"token": token}).status_code == status
         admin = _found(r"Probes and metrics: (http://127\.0\.0\.1:\d+)", server.welcome)
         assert httpx2.get(f"{admin}/ready").status_code == 200
-        with connect(f"wss{server.url[5:]}/v1/realtime/video", ssl=friend, proxy=None) as websocket:
+        with connect(f"wss{server.url[5:]}/v1/realtime/video", ssl=friend, proxy=None, open_timeout=60) as websocket:
             websocket.send("no message")
             with pytest.raises(ConnectionClosed):
                 _read_all(websocket)

@@ -248,6 +248,7 @@ def model_object(model: ModelInfo, created: int, limits: Limits) -> schemas.Mode
             max_frames=limits.max_frames,
             default_fps=24,
             default_steps=list(model.default_steps),
+            example_prompt=model.example_prompt,
             codecs=["h264", "vp9", "av1"],
             approximations=list(model.approximations),
             measured_fps=None,

@@ -408,6 +408,7 @@ class ModelDetails(BaseModel):
     max_frames: int
     default_fps: int
     default_steps: list[int]
+    example_prompt: str | None
     codecs: list[str]
     approximations: list[str]
     measured_fps: dict[str, float] | None

@@ -119,13 +119,12 @@ class ServerSentEvents:
         """A segment's event, its base64 made as it is sent: it needs no escape in JSON."""
         event = self._event("video_generation.partial_video", _partial(segment), segment.index + 1)
         head, field, tail = event.partition(b'"b64_json":"')
-        begin, last = head + field, b""
-        for piece in _pieces(segment.media if segment.index > 0 else segment.init + segment.media):
-            if last:
-                yield begin + b64encode(last)
-                begin = b""
-            last = piece
-        yield begin + b64encode(last) + tail
+        content = memoryview(segment.media if segment.index > 0 else segment.init + segment.media)  # cut without a copy
+        begin = head + field
+        for start in range(0, len(content), PIECE_BYTES):
+            end = tail if start + PIECE_BYTES >= len(content) else b""
+            yield begin + b64encode(content[start : start + PIECE_BYTES]) + end
+            begin = b""
 
     def _event(self, kind: str, data: Mapping[str, Any], number: int | None = None) -> bytes:
         return _sse(kind, {"type": kind, "id": self._job.id, **data}, number)

@@ -50,7 +50,7 @@ def _layer_norm_kernel(
     scale_ptr, shift_ptr = scale_ptr + row * scale_stride, shift_ptr + row * shift_stride
     parts = scaled_row(parts, scale_ptr, shift_ptr, IS_MODULATED, D, WIDE, BLOCK)
     if IS_FP8:
-        store_quantized_row(parts, x_ptr.dtype.element_ty, out_ptr + token * D, row_scale_ptr + token, D, BLOCK)
+        store_quantized_row(parts, out_ptr + token * D, row_scale_ptr + token, D, BLOCK)
     else:
         store_row(parts, out_ptr + token * D, D, BLOCK)
 
@@ -96,14 +96,14 @@ def _gated_residual_norm_kernel(
         if place >= 0:
             parts = scaled_row(normed, weight_ptr, bias_ptr, False, D, WIDE, BLOCK)
             if IS_FP8:
-                store_quantized_row(parts, dtype, current_ptr + place * D, current_scale_ptr + place, D, BLOCK)
+                store_quantized_row(parts, current_ptr + place * D, current_scale_ptr + place, D, BLOCK)
             else:
                 store_row(parts, current_ptr + place * D, D, BLOCK)
     if place < 0:
         scale_ptr, shift_ptr = scale_ptr + row * scale_stride, shift_ptr + row * shift_stride
         parts = scaled_row(normed, scale_ptr, shift_ptr, True, D, WIDE, BLOCK)
         if IS_FP8:
-            store_quantized_row(parts, dtype, normed_ptr + token * D, normed_scale_ptr + token, D, BLOCK)
+            store_quantized_row(parts, normed_ptr + token * D, normed_scale_ptr + token, D, BLOCK)
         else:
             store_row(parts, normed_ptr + token * D, D, BLOCK)
 
@@ -127,10 +127,11 @@ def _residual_scatter_norm_kernel(
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
-    token = tl.load(index_ptr + place).to(tl.int64)
-    row = tl.load(row_ptr + token).to(tl.int64)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    x, y = load_row(x_ptr + token * D, D, WIDE, BLOCK), load_row(y_ptr + place * D, D, WIDE, BLOCK)
+    token = tl.load(index_ptr + place).to(tl.int64)
+    y = load_row(y_ptr + place * D, D, WIDE, BLOCK)  # is on its way while the index is
+    x = load_row(x_ptr + token * D, D, WIDE, BLOCK)
+    row = tl.load(row_ptr + token).to(tl.int64)
     added = ()
     for start in tl.static_range(0, D, BLOCK):
         added += ((x[start // BLOCK] + y[start // BLOCK]).to(dtype).to(WIDE),)
@@ -138,7 +139,7 @@ def _residual_scatter_norm_kernel(
     scale_ptr, shift_ptr = scale_ptr + row * scale_stride, shift_ptr + row * shift_stride
     parts = scaled_row(normed_row(added, D, EPS, BLOCK), scale_ptr, shift_ptr, True, D, WIDE, BLOCK)
     if IS_FP8:
-        store_quantized_row(parts, dtype, normed_ptr + token * D, normed_scale_ptr + token, D, BLOCK)
+        store_quantized_row(parts, normed_ptr + token * D, normed_scale_ptr + token, D, BLOCK)
     else:
         store_row(parts, normed_ptr + token * D, D, BLOCK)
 

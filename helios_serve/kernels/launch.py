@@ -121,12 +121,15 @@ def default_plan(width: int) -> RowPlan:
 
 
 def candidate_plans(width: int) -> tuple[RowPlan, ...]:
-    """What is worth measuring: rows in parts and in one piece. A thread loads 16 bytes of bfloat16 at once and holds at
-    most 112 values, as many as fit into registers."""
-    part, whole = default_plan(width).block, block_of(width)
-    sizes = ((part, 2), (part, 4), (part, 8), (2 * part, 4), (2 * part, 8), (whole, 8), (whole, 16))
-    plans = dict.fromkeys(RowPlan(block=block, num_warps=warps) for block, warps in sizes)
-    return tuple(plan for plan in plans if plan.block >= 256 * plan.num_warps and width <= 112 * 32 * plan.num_warps)
+    """What is worth measuring: parts of half, the same and twice the default length. A thread has 4 to 16 values of a
+    part, 8 to 32 bytes of bfloat16, and at most 112 of a row, as many as fit into registers."""
+    part = default_plan(width).block
+    plans = (RowPlan(block=block, num_warps=warps) for block in (part, part // 2, 2 * part) for warps in (4, 8, 2, 16))
+    return tuple(
+        plan
+        for plan in plans
+        if 128 <= plan.block // plan.num_warps <= 512 and width <= 112 * 32 * plan.num_warps
+    )
 
 
 def row_plan(kernel: Any, width: int, device: torch.device) -> RowPlan:

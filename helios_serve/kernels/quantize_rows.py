@@ -6,6 +6,8 @@ compute capability 8.9.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,10 @@ from helios_serve.kernels.fp8 import FP8
 from helios_serve.kernels.fp8 import quantize_rows as reference_quantize_rows
 from helios_serve.kernels.launch import Specialisation, accumulator, default_plan, jit, operator, row_plan, tl
 from helios_serve.kernels.row_parts import load_row, store_quantized_row
+
+_SLOPE = -2.0 * (2.0 / math.pi) ** 0.5 * math.log2(math.e)
+_LINEAR, _CUBIC = tl.constexpr(_SLOPE), tl.constexpr(0.044715 * _SLOPE)
+"""0.5 * (1 + tanh(u)) is 1 / (1 + exp(-2 u)): the polynomial of the exponent, in powers of two."""
 
 
 @jit
@@ -33,10 +39,11 @@ def _quantize_rows_kernel(
         activated = ()
         for start in tl.static_range(0, D, BLOCK):
             part = parts[start // BLOCK]
-            inner = 0.7978845608028654 * (part + 0.044715 * part * part * part)  # sqrt(2 / pi)
-            activated += (part / (1.0 + tl.exp(-2.0 * inner)),)  # 0.5 * (1 + tanh(inner)) is the logistic function
+            inner = part * tl.fma(part * part, _CUBIC, _LINEAR)
+            root = tl.rsqrt(1.0 + tl.exp2(inner))
+            activated += (part * (root * root),)
         parts = activated
-    store_quantized_row(parts, x_ptr.dtype.element_ty, out_ptr + token * D, row_scale_ptr + token, D, BLOCK)
+    store_quantized_row(parts, out_ptr + token * D, row_scale_ptr + token, D, BLOCK)
 
 
 def launch_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

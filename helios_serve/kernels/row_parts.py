@@ -40,7 +40,7 @@ def normed_row(parts, D: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
         part = parts[start // BLOCK] - mean
         if start + BLOCK > D:
             part = tl.where(start + tl.arange(0, BLOCK) < D, part, 0.0)
-        squares += part * part
+        squares = tl.fma(part, part, squares)
         centred += (part,)
     factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / D + EPS)
     normed = ()
@@ -65,7 +65,7 @@ def scaled_row(
         scale = load_part(scale_ptr, start, D, WIDE, BLOCK)
         if IS_MODULATED:
             scale = 1.0 + scale
-        scaled += (parts[start // BLOCK] * scale + load_part(shift_ptr, start, D, WIDE, BLOCK),)
+        scaled += (tl.fma(parts[start // BLOCK], scale, load_part(shift_ptr, start, D, WIDE, BLOCK)),)
     return scaled
 
 
@@ -78,16 +78,26 @@ def store_row(parts, out_ptr, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
-def store_quantized_row(parts, dtype: tl.constexpr, out_ptr, scale_ptr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """[D], rounded to `dtype` and then to e4m3, and its scale: the largest entry becomes 448."""
+def store_quantized_row(parts, out_ptr, scale_ptr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """[D], rounded to e4m3, and its scale: the largest entry becomes 448. No quotient is larger: none is clamped."""
     largest = tl.full((BLOCK,), 0.0, tl.float32)
     for start in tl.static_range(0, D, BLOCK):
-        largest = tl.maximum(largest, tl.abs(parts[start // BLOCK].to(dtype).to(tl.float32)))
+        largest = tl.maximum(largest, tl.abs(parts[start // BLOCK].to(tl.float32)))
     scale = tl.max(largest, 0) * (1.0 / 448.0)
     scale = tl.where(scale == 0.0, 1.0, scale)
     tl.store(scale_ptr, scale)
+    inverse = tl.div_rn(1.0, tl.maximum(scale, 2.0**-126))
     for start in tl.static_range(0, D, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        quotient = tl.div_rn(parts[start // BLOCK].to(dtype).to(tl.float32), scale)
-        quotient = tl.clamp(quotient, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        quotient = divided(parts[start // BLOCK].to(tl.float32), scale, inverse)
         tl.store(out_ptr + columns, quotient.to(tl.float8e4nv), mask=columns < D)
+
+
+@jit
+def divided(x, divisor, inverse):
+    """`x / divisor`, rounded once, by products alone (Markstein 1990); inverse: 1 / divisor, rounded.
+
+    The remainder is negated so that -0 stays -0; a device negates x and the inverse for nothing.
+    """
+    quotient = x * inverse
+    return tl.fma(tl.fma(quotient, divisor, x * -1.0), inverse * -1.0, quotient)

@@ -17,6 +17,8 @@ from helios_serve.kernels.launch import Specialisation, accumulator, block_of, j
 from helios_serve.kernels.vae_norm_silu import rows_of
 
 _NUM_WARPS = 4
+_NARROW, _FOLD = 16, 32
+"""Rows of fewer values than the first are taken so many at a time: three channels are rows of 96 values."""
 _EXACT = {"enable_fp_fusion": False}
 
 
@@ -25,17 +27,19 @@ def _add_bias_kernel(
     x_ptr,
     bias_ptr,
     residual_ptr,
-    num_rows,
+    num_values,
     C: tl.constexpr,
+    PERIOD: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Rows of C values, in which the bias comes again after PERIOD."""
     start = tl.program_id(0).to(tl.int64) * ROWS
     channel = tl.arange(0, BLOCK)[None, :]
-    is_inside = (start + tl.arange(0, ROWS)[:, None] < num_rows) & (channel < C)
     tile = start * C + (tl.arange(0, ROWS)[:, None] * C + channel)
-    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(WIDE)
+    is_inside = (tile < num_values) & (channel < C)
+    bias = tl.load(bias_ptr + channel % PERIOD, mask=channel < C, other=0.0).to(WIDE)
     out = (tl.load(x_ptr + tile, mask=is_inside, other=0.0).to(WIDE) + bias).to(x_ptr.dtype.element_ty)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + tile, mask=is_inside, other=0.0).to(WIDE)
@@ -77,18 +81,19 @@ def launch_add_bias(x: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     """`reference.add_bias` by Triton."""
     assert residual is None or residual.shape == x.shape
     assert all(one is None or one.is_contiguous() for one in (x, bias, residual))
-    num_rows, channels = x.shape
-    block = block_of(channels)
-    rows = rows_of(block)
-    _add_bias_kernel[(-(-num_rows // rows),)](
+    channels = x.shape[1]
+    width = channels if channels >= _NARROW else channels * _FOLD
+    rows = rows_of(width)
+    _add_bias_kernel[(-(-x.numel() // (rows * width)),)](
         x,
         bias,
         residual,
-        num_rows,
-        C=channels,
+        x.numel(),
+        C=width,
+        PERIOD=channels,
         WIDE=accumulator(x),
         ROWS=rows,
-        BLOCK=block,
+        BLOCK=block_of(width),
         num_warps=_NUM_WARPS,
         **_EXACT,
     )
@@ -156,13 +161,13 @@ def specialisations(widths: tuple[int, ...]) -> tuple[Specialisation, ...]:
     for width in widths:
         block = block_of(width)
         always = {"C": width, "WIDE": tl.float32, "ROWS": rows_of(block), "BLOCK": block}
-        flat = {"x_ptr": "*bf16", "bias_ptr": "*bf16", "num_rows": "i32"}
+        flat = {"x_ptr": "*bf16", "bias_ptr": "*bf16", "num_values": "i32"}
         strides = ("x_frame", "x_line", "x_column", "out_frame", "out_line", "out_column")
         strided = {"x_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16", "width": "i32"}
         strided |= dict.fromkeys(strides, "i32")
-        for name, kernel, types, absent in (
-            ("vae_add_bias", _add_bias_kernel, flat, {"residual_ptr": None}),
-            ("vae_add_bias_residual", _add_bias_kernel, {**flat, "residual_ptr": "*bf16"}, {}),
+        for name, kernel, types, others in (
+            ("vae_add_bias", _add_bias_kernel, flat, {"residual_ptr": None, "PERIOD": width}),
+            ("vae_add_bias_residual", _add_bias_kernel, {**flat, "residual_ptr": "*bf16"}, {"PERIOD": width}),
             ("vae_place_with_bias", _place_with_bias_kernel, strided, {}),
         ):
             made.append(
@@ -170,7 +175,7 @@ def specialisations(widths: tuple[int, ...]) -> tuple[Specialisation, ...]:
                     name=f"{name}_{width}",
                     kernel=kernel,
                     types=types,
-                    constants={**always, **absent},
+                    constants={**always, **others},
                     num_warps=_NUM_WARPS,
                     is_contracted=False,
                 )

@@ -11,10 +11,14 @@ from torch import Tensor
 
 from helios_serve.kernels import reference_vae
 from helios_serve.kernels.launch import Specialisation, jit, operator, tl
+from helios_serve.kernels.row_parts import divided
 
-_BLOCK = 128  # columns of a program, halved where chroma is
-_NUM_WARPS = 4
+_FLAT_BLOCK = 2048  # values of a program
+_BLOCK = 64  # columns of chroma of a program, each of two pixels: a line of 640 is five
+_NUM_WARPS = 2
 _EXACT = {"enable_fp_fusion": False}
+_OF_BLUE, _OF_RED = (tl and tl.constexpr(float(1 / torch.tensor(span))) for span in (1.8556, 1.5748))
+"""Inverse spans of both chroma, rounded to float32."""
 
 
 @jit
@@ -30,25 +34,11 @@ def _unit(x_ptr, is_inside):
 
 
 @jit
-def _uint8_kernel(
-    x_ptr,
-    out_ptr,
-    width,
-    frame_stride,
-    channel_stride,
-    line_stride,
-    column_stride,
-    BLOCK: tl.constexpr,
-):
-    line = tl.program_id(1).to(tl.int64)
-    frame = tl.program_id(2).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_inside = column < width
-    source = x_ptr + (frame * frame_stride + line * line_stride) + column.to(tl.int64) * column_stride
-    target = out_ptr + ((frame * tl.num_programs(1) + line) * width + column) * 3
-    for channel in tl.static_range(3):
-        value = _rounded(_unit(source + channel * channel_stride, is_inside) * 255.0)
-        tl.store(target + channel, value.to(tl.uint8), mask=is_inside)
+def _uint8_kernel(x_ptr, out_ptr, num_values, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = place < num_values
+    value = _rounded(_unit(x_ptr + place, is_inside) * 255.0)
+    tl.store(out_ptr + place, value.to(tl.uint8), mask=is_inside)
 
 
 @jit
@@ -58,7 +48,7 @@ def _luma_chroma(x_ptr, channel_stride, is_inside):
     green = _unit(x_ptr + channel_stride, is_inside)
     blue = _unit(x_ptr + 2 * channel_stride, is_inside)
     luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return luma, tl.div_rn(blue - luma, 1.8556), tl.div_rn(red - luma, 1.5748)
+    return luma, divided(blue - luma, 1.8556, _OF_BLUE), divided(red - luma, 1.5748, _OF_RED)
 
 
 @jit
@@ -106,11 +96,10 @@ def _yuv420_kernel(
 
 
 def launch_to_uint8(frames: Tensor) -> Tensor:
-    """`reference.to_uint8` by Triton."""
-    num_frames, _, height, width = frames.shape
-    out = _empty_rgb(frames)
-    grid = (-(-width // _BLOCK), height, num_frames)
-    _uint8_kernel[grid](frames, out, width, *frames.stride(), BLOCK=_BLOCK, num_warps=_NUM_WARPS, **_EXACT)
+    """`reference.to_uint8` by Triton; what does not have its channels last is copied first."""
+    values, out = frames.permute(0, 2, 3, 1).contiguous(), _empty_rgb(frames)
+    grid = (-(-out.numel() // _FLAT_BLOCK),)
+    _uint8_kernel[grid](values, out, out.numel(), BLOCK=_FLAT_BLOCK, num_warps=_NUM_WARPS, **_EXACT)
     return out
 
 
@@ -152,23 +141,22 @@ rgb_to_yuv420 = operator(
 
 def specialisations() -> tuple[Specialisation, ...]:
     """What a decoder with channels last launches in bfloat16."""
-    strides = ("frame_stride", "line_stride", "column_stride")
-    types = {"x_ptr": "*bf16", "out_ptr": "*u8", "width": "i32", **dict.fromkeys(strides, "i32")}
-    constants = {"BLOCK": _BLOCK, "channel_stride": 1}
+    tensors = {"x_ptr": "*bf16", "out_ptr": "*u8"}
+    sizes = dict.fromkeys(("height", "width", "frame_stride", "line_stride", "column_stride"), "i32")
     return (
         Specialisation(
             name="to_uint8",
             kernel=_uint8_kernel,
-            types=types,
-            constants=constants,
+            types={**tensors, "num_values": "i32"},
+            constants={"BLOCK": _FLAT_BLOCK},
             num_warps=_NUM_WARPS,
             is_contracted=False,
         ),
         Specialisation(
             name="rgb_to_yuv420",
             kernel=_yuv420_kernel,
-            types={**types, "height": "i32"},
-            constants=constants,
+            types={**tensors, **sizes},
+            constants={"BLOCK": _BLOCK, "channel_stride": 1},
             num_warps=_NUM_WARPS,
             is_contracted=False,
         ),

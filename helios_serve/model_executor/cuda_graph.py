@@ -94,12 +94,21 @@ class CudaRecorder:
             try:
                 out = run()
             except Exception:
-                with suppress(RuntimeError):  # it says only that something failed
-                    graph.capture_end()
+                self._abandon(graph)
                 raise
             graph.capture_end()
         self._num_recordings += 1
         return CudaRecording(graph=graph, out=out, forgotten=self._forget)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends what failed. A capture that the device has given up ends in an error, before PyTorch tells its allocator,
+        which from then on would neither give back memory nor look at what other streams have finished with."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            with suppress(RuntimeError):  # it was told
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+                torch._C._cuda_releasePool(self._stream.device_index, self._pool)
 
     def _forget(self) -> None:
         self._num_recordings -= 1

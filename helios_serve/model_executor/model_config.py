@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
-from helios_serve.errors import CheckpointError
 from helios_serve.model_executor.json_keys import JsonKeys, require
+from helios_serve.model_executor.recommendations import Recommendations
 from helios_serve.model_executor.vae import VaeConfig
 from helios_serve.types import Approximation, Guidance, ModelInfo, Variant
 
@@ -240,8 +240,7 @@ class CheckpointConfig:
     transformer: TransformerConfig
     scheduler: SchedulerConfig
     vae: VaeConfig
-    listed_sizes: tuple[tuple[int, int], ...]
-    """(width, height) pairs in pixels that the checkpoint recommends, the default first."""
+    recommended: Recommendations
 
     @classmethod
     def from_parts(
@@ -265,7 +264,9 @@ class CheckpointConfig:
             transformer=transformer,
             scheduler=scheduler,
             vae=vae,
-            listed_sizes=_listed_sizes(model_index),
+            recommended=Recommendations.from_json(
+                MODEL_INDEX_FILE, model_index, (_DEFAULT_STEPS[variant],) * scheduler.stages
+            ),
         )
         joined._check_variant()
         joined._check_channels()
@@ -286,7 +287,7 @@ class CheckpointConfig:
     def recommended_sizes(self) -> tuple[tuple[int, int], ...]:
         """The listed sizes, rounded up where the number of stages asks for a larger multiple."""
         step = self.size_multiple
-        return tuple(dict.fromkeys((-(-w // step) * step, -(-h // step) * step) for w, h in self.listed_sizes))
+        return tuple(dict.fromkeys((-(-w // step) * step, -(-h // step) * step) for w, h in self.recommended.sizes))
 
     def info(self, name: str, max_pixels: int = 921600, approximations: tuple[Approximation, ...] = ()) -> ModelInfo:
         """What the API may know of this checkpoint, served as `name` with at most `max_pixels` a frame."""
@@ -298,9 +299,10 @@ class CheckpointConfig:
             size_multiple=self.size_multiple,
             spatial_scale=self.vae.scale_factor_spatial,
             latent_channels=self.vae.z_dim,
-            default_steps=(_DEFAULT_STEPS[self.variant],) * self.scheduler.stages,
+            default_steps=self.recommended.steps,
             default_guidance_scale=_DEFAULT_GUIDANCE_SCALE[self.variant],
             recommended_sizes=self.recommended_sizes,
+            example_prompt=self.recommended.prompt,
             max_pixels=max_pixels,
             approximations=approximations,
         )
@@ -340,7 +342,7 @@ class CheckpointConfig:
 
     def _check_sizes(self) -> None:
         patch = self.size_multiple >> (self.scheduler.stages - 1)
-        for size in self.listed_sizes:
+        for size in self.recommended.sizes:
             require(
                 all(side % patch == 0 for side in size),
                 MODEL_INDEX_FILE,
@@ -371,20 +373,3 @@ def _variant(keys: JsonKeys) -> Variant:
         return "distilled" if is_distilled else "mid"
     require(not is_distilled, MODEL_INDEX_FILE, "is_distilled", True, "HeliosPyramidPipeline is distilled, not this")
     return "base"
-
-
-def _listed_sizes(model_index: Mapping[str, object]) -> tuple[tuple[int, int], ...]:
-    """Our own optional entry of model_index.json; the reference skips keys that begin with an underscore."""
-    ours = model_index.get("_helios_serve", {})
-    sizes = ours.get("recommended_sizes", [[640, 384]]) if isinstance(ours, Mapping) else None
-    if not isinstance(sizes, list) or not sizes:
-        raise CheckpointError(
-            f"{MODEL_INDEX_FILE}: _helios_serve must hold recommended_sizes, a list of [width, height]"
-        )
-    parsed = []
-    for size in sizes:
-        width, height = JsonKeys(MODEL_INDEX_FILE, {"recommended_sizes": size}).integers(
-            "recommended_sizes", (), length=2
-        )
-        parsed.append((width, height))
-    return tuple(parsed)

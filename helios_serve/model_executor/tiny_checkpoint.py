@@ -28,6 +28,7 @@ from helios_serve.model_executor.model_config import (
     TRANSFORMER_FILE,
     TransformerConfig,
 )
+from helios_serve.model_executor.recommendations import RECOMMENDATIONS_KEY
 from helios_serve.model_executor.tiny_tokenizer import write_tokenizer
 from helios_serve.model_executor.transformer import HeliosTransformer
 from helios_serve.model_executor.vae import VaeConfig, WanVAE
@@ -178,7 +179,7 @@ def _write_parts(out: Path, variant: Variant, transformer: dict[str, Any], seed:
 def _model_index(variant: Variant) -> dict[str, Any]:
     return _PIPELINES[variant] | {
         "_diffusers_version": _LAYOUT_VERSION,
-        "_helios_serve": {"recommended_sizes": SIZES},
+        RECOMMENDATIONS_KEY: {"recommended_sizes": SIZES},
         "scheduler": ["diffusers", _SCHEDULERS[variant]["_class_name"]],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],

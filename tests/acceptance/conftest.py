@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +34,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 
 @pytest.fixture(scope="session")
-def keyed(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedServer]:
-    """Its checkpoint is a copy of the one that the first server made for itself."""
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedServer]:
     data_dir = tmp_path_factory.mktemp("keyed")
     keys_file = data_dir / "keys.yaml"
-    shutil.copytree(server.data_dir / "models", data_dir / "models")
     alice = make_key(keys_file, "--tenant", "alice", "--limit", "requests_per_second=1000")
     bob = make_key(keys_file, "--tenant", "bob")
     reader = make_key(keys_file, "--tenant", "alice", "--scope", "read")

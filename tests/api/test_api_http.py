@@ -198,6 +198,7 @@ def test_models(client: TestClient) -> None:
         33,
     )
     assert (details["size_multiple"], details["recommended_sizes"], details["max_frames"]) == (64, ["640x384"], 7260)
+    assert (details["default_steps"], details["example_prompt"]) == ([2, 2, 2], None)
     for path in ("/v1/models/helios-distilled", "/v1/models/org/Helios-Distilled"):
         assert client.get(path).json() == item
     assert client.get("/v1/videos/models").json() == listed

@@ -272,6 +272,12 @@ def test_only_what_is_named_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert [section["name"] for section in found.data["sections"]] == ["model"]
 
 
+def test_what_is_named_runs_in_that_order_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _few(monkeypatch, *(_section(name, _measured) for name in ("model", "micro/x", "micro/y", "left_out")))
+    found = _rehearse(tmp_path, "--only", "micro/y", "mo", "micro")
+    assert [section["name"] for section in found.data["sections"]] == ["micro/y", "model", "micro/x"]
+
+
 def test_lost_device_goes_on_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the section that lost it, with what was measured until then."""
     ran = _few(monkeypatch, _section("z", _measured), _section("last", _measured))

@@ -107,6 +107,7 @@ class FakeHelios:
             "max_frames": 7260,
             "default_fps": 24,
             "default_steps": [2, 2, 2],
+            "example_prompt": "a heron over a lake",
             "codecs": ["h264", "vp9", "av1"],
             "measured_fps": None,
         }

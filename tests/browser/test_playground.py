@@ -204,6 +204,12 @@ def test_slower_generation_slows_playback(visit: Visit, fake: FakeHelios) -> Non
 
 
 @browser_test
+def test_the_prompt_field_shows_what_the_model_can_do(visit: Visit) -> None:
+    visit.page.wait_for_selector('#size option[value="320x192"]', state="attached")
+    assert visit.page.get_attribute("#prompt", "placeholder") == "a heron over a lake"
+
+
+@browser_test
 def test_errors_stand_next_to_their_field(visit: Visit, fake: FakeHelios) -> None:
     visit.page.click("#generate")
     assert visit.text("prompt-error") == "Say what the video should show."

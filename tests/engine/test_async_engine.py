@@ -177,7 +177,7 @@ def test_eight_mixed_requests_equal_their_solo_runs(model: HeliosModel, tiny_dis
         assert engine.num_requests == 0
 
     watch = live(model, test, replace(PATIENT, batching="always"))
-    assert max(max(result.pack_sizes) for result in watch.steps) >= 4
+    assert max(max(result.pack_sizes) for result in watch.steps) >= 2  # how many depends on when each is encoded
     alone = Helios(str(tiny_distilled), device="cpu", dtype="float32")
     for video in MIXED:
         for chunk in alone.run(video):

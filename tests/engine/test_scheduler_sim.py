@@ -6,6 +6,7 @@ The first three seeds of the ten on every commit; the whole table is `python -m 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -127,9 +128,18 @@ def test_s7_wrong_prior(factor: float) -> None:
 
 
 def test_s9_decision_time() -> None:
-    """The best of the rounds, so that a neighbour on the machine cannot fail it; the table gives median and p99."""
-    assert min(sim.time_plan(1, rounds=30)) < 1.0
-    assert min(sim.time_plan(64, rounds=15)) < 10.0
+    """Against work whose time the machine sets as well, so that a slow or busy one cannot fail it; what the criterion
+    asks in milliseconds stands in the table of `benchmarks.scheduler_sim`."""
+    sorting = min(_time_sorting() for _ in range(30))
+    assert min(sim.time_plan(1, rounds=30)) < sorting
+    assert min(sim.time_plan(64, rounds=15)) < 4 * sorting
+
+
+def _time_sorting() -> float:
+    """CPU milliseconds of sorting 10,000 numbers, about 1 where the criterion's table was made."""
+    began = time.thread_time()
+    sorted(number * 7919 % 10_007 for number in range(10_000))
+    return 1000 * (time.thread_time() - began)
 
 
 def test_m_d_1_wait_is_that_of_pollaczek_khinchine() -> None:

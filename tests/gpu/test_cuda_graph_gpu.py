@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing records graphs"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: kernels do not compile"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 DEVICE = torch.device("cuda", 0)
 CONFIG = TransformerConfig(
@@ -183,6 +184,27 @@ def test_what_cannot_be_recorded_runs_as_usual(
     for _ in range(3):
         assert torch.equal(others(*pack_), expected)
     assert len(others) == 1
+
+
+@torch.inference_mode()
+def test_a_failed_recording_leaves_the_allocator_at_work() -> None:
+    """Memory that another stream used comes back once that stream is done with it."""
+
+    def waits() -> Tensor:
+        torch.cuda.synchronize()
+        return torch.zeros(1, device=DEVICE)
+
+    with pytest.raises(RuntimeError):
+        CudaRecorder(DEVICE).record(waits)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats(DEVICE)["active_bytes.all.current"]
+    used = torch.zeros(1 << 24, device=DEVICE)
+    used.record_stream(torch.cuda.Stream(DEVICE))
+    del used
+    torch.cuda.synchronize()
+    small = torch.zeros(1, device=DEVICE)
+    assert torch.cuda.memory_stats(DEVICE)["active_bytes.all.current"] <= before + (1 << 20)
+    del small
 
 
 def test_a_video_has_the_same_bits(transformer: HeliosTransformer) -> None:

@@ -172,6 +172,15 @@ def test_recommended_sizes_follow_the_number_of_stages(copy: Path) -> None:
     assert read_config(copy).info("tiny").recommended_sizes == ((128, 64), (64, 128), (128, 128))
 
 
+def test_a_checkpoint_may_recommend_steps_and_a_prompt(copy: Path) -> None:
+    before = read_config(copy).info("tiny")
+    assert (before.default_steps, before.example_prompt) == ((2, 2, 2), None)
+    edit_json(copy / INDEX, _helios_serve={"default_steps": [3, 1, 2], "example_prompt": "a red circle"})
+    info = read_config(copy).info("tiny")
+    assert (info.default_steps, info.example_prompt) == ((3, 1, 2), "a red circle")
+    assert info.recommended_sizes == ((640, 384),)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +315,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "bad text config": (_edit(TEXT, num_layers="two"), ("text_encoder/config.json is not a UMT5 configuration",)),
     "vae": (_edit("vae/config.json", is_residual=True), ("copy/vae/config.json: is_residual is True",)),
     "sizes": (_edit(INDEX, _helios_serve={"recommended_sizes": [[100, 64]]}), ("[100, 64]", "multiples of 16")),
+    "prompt": (_edit(INDEX, _helios_serve={"example_prompt": 7}), ("example_prompt is 7", "must be a string")),
+    "steps": (_edit(INDEX, _helios_serve={"default_steps": [1]}), ("default_steps is [1]", "a list of 3 positive")),
     "activation": (
         _edit(TEXT, feed_forward_proj="gated-foo"),
         ("copy/text_encoder/config.json", "'gated-foo'", "'gated-gelu'"),

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tools.tiny_checkpoint.build import build
-from tools.tiny_checkpoint.presets import FlowTraining, Preset, VaeTraining
+from tools.tiny_checkpoint.presets import DecoderTraining, FlowTraining, Preset, VaeTraining
 from tools.tiny_checkpoint.progress import Run
 
 PRESET = Preset(
     vae=VaeTraining(base_dim=4, num_res_blocks=1, steps=20, batch=2, window=16, pictures=1, frames=5),
     flow=FlowTraining(
-        num_heads=2,
+        num_heads=3,
         num_layers=2,
         ffn_dim=64,
         text_dim=16,
@@ -24,6 +24,7 @@ PRESET = Preset(
         num_clips=2,
         two_share=0.5,
     ),
+    decoder=DecoderTraining(steps=3, batch=2, window=32),
 )
 
 
@@ -41,7 +42,8 @@ def preset() -> Preset:
 @pytest.fixture(scope="session")
 def barely_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint that comes of it."""
-    return build(PRESET, Run(work=tmp_path_factory.mktemp("work"), device=torch.device("cpu"), seed=0))
+    work = tmp_path_factory.mktemp("work")
+    return build(PRESET, Run(work=work, device=torch.device("cpu"), seed=0, has_new_vae=True))
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-import helios_serve
 from helios_serve.offline import Helios
 from helios_serve.serve_flags import EMBEDDED_MODEL
 from tools.tiny_checkpoint.evaluate import evaluate, shares
+from tools.tiny_checkpoint.export import MAX_BYTES
 
-CHECKPOINT = Path(helios_serve.__file__).with_name(EMBEDDED_MODEL)
 GATES = {
     "text": {"colour": 0.90, "shape": 0.70, "direction": 0.70},
     "image": {"colour": 0.80, "shape": 0.80},
@@ -22,14 +19,10 @@ MAX_DRIFT = 0.05
 MIN_SPEED = 0.1
 """Pixels per frame: slower is a freeze."""
 
-pytestmark = pytest.mark.skipif(
-    not (CHECKPOINT / "model_index.json").is_file(), reason=f"no trained checkpoint is shipped as {CHECKPOINT.name}"
-)
-
 
 @pytest.fixture(scope="module")
 def helios() -> Helios:
-    return Helios(CHECKPOINT)
+    return Helios(EMBEDDED_MODEL)
 
 
 def test_a_few_prompts_are_followed(helios: Helios) -> None:
@@ -59,4 +52,4 @@ def test_twenty_chunks_neither_drift_nor_freeze(helios: Helios) -> None:
 
 
 def test_the_files_are_small() -> None:
-    assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) <= 16 * 1024 * 1024
+    assert sum(file.stat().st_size for file in EMBEDDED_MODEL.rglob("*") if file.is_file()) <= MAX_BYTES

@@ -8,9 +8,9 @@ Shape letters: B sequences, H history tokens, M current tokens, N = H + M, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import cast
 
 import torch
@@ -40,10 +40,6 @@ class TextBatch:
         is_real = place < lengths
         return cls(embeds=padded * is_real[..., None], bias=torch.where(is_real, 0.0, zeros))
 
-    def detached(self) -> TextBatch:
-        """The same, through which no gradients pass."""
-        return TextBatch(embeds=self.embeds.detach(), bias=self.bias)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Past:
@@ -53,23 +49,54 @@ class Past:
     first: Tensor
 
 
-def batched_flow(model: HeliosTransformer, x: Tensor, timesteps: Tensor, past: Past, text: TextBatch) -> Tensor:
-    """The flow of `x` [B, C, T, h, w] at `timesteps` [B], in the shape of `x`."""
-    history, current = _embed_past(model, past), _tokens(model.patch_embedding(x))
-    grid = (x.shape[2], x.shape[3] // model.patch[1], x.shape[4] // model.patch[2])
-    rotary = torch.cat((_past_rotary(model, past), model.current_rotary(grid)))  # (N, 2, Dh/2)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """The flow, in the shape of x, and the current tokens half way through the blocks, [B, M, D]."""
+
+    flow: Tensor
+    middle: Tensor
+
+
+def batched_flow(
+    model: HeliosTransformer, x: Tensor, timesteps: Tensor, past: Past, text: TextBatch, *, is_compiled: bool = False
+) -> Prediction:
+    """The flow of `x` [B, C, T, h, w] at `timesteps` [B].
+
+    Args:
+        is_compiled: fuses what is not a matrix product, once for each set of shapes; that takes a C++ compiler on the
+            CPU, and minutes the first time.
+    """
+    rotary = torch.cat((_past_rotary(model, past), model.current_rotary(token_grid(model, x))))  # (N, 2, Dh/2)
+    forward = _compiled_forward() if is_compiled else _forward
+    flow, middle = forward(model, x, timesteps, past, text, rotary)
+    return Prediction(flow=flow, middle=middle)
+
+
+@cache
+def _compiled_forward() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_forward, dynamic=False)
+
+
+def _forward(
+    model: HeliosTransformer, x: Tensor, timesteps: Tensor, past: Past, text: TextBatch, rotary: Tensor
+) -> tuple[Tensor, Tensor]:
+    history, current = _embed_past(model, past), _embedded(model.patch_embedding, x)
     embedder = model.condition_embedder
     waves = sinusoidal_embedding(F.pad(timesteps, (1, 0)), embedder.freq_dim)  # row 0 is the history's
     time = embedder.time_embedder
     hidden = time.linear_2(F.silu(time.linear_1(waves)))
     tables = embedder.time_proj(F.silu(hidden)).unflatten(-1, (6, -1)) + model.scale_shift_tables[:, None]
     words = embedder.text_embedder.linear_2(F.gelu(embedder.text_embedder.linear_1(text.embeds), approximate="tanh"))
-    for block, rows in zip(cast(Iterable[Block], model.blocks), tables, strict=True):
+    middle = current
+    for index, (block, rows) in enumerate(zip(cast(Iterable[Block], model.blocks), tables, strict=True)):
         history, current = _block(block, history, current, Modulation.of(rows), rotary, (words, text.bias))
+        if 2 * (index + 1) == len(tables):
+            middle = current
     shift, scale = (model.norm_out.scale_shift_table + hidden[1:, None]).unbind(1)
     out = model.proj_out(_norm(current, block.eps) * (1 + scale[:, None]) + shift[:, None])
-    patches: Tensor = out.unflatten(1, grid).unflatten(-1, (*model.patch, -1))  # (B, T, h, w, pt, ph, pw, C)
-    return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(x.shape)
+    patches: Tensor = out.unflatten(1, token_grid(model, x)).unflatten(-1, (*model.patch, -1))
+    # (B, T, h, w, pt, ph, pw, C)
+    return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(x.shape), middle
 
 
 def _block(
@@ -159,13 +186,21 @@ def _embed_past(model: HeliosTransformer, past: Past) -> Tensor:
     for projection, window, factor in windows:
         kernel = [factor * size for size in model.patch]
         pad = [size for length, p in zip(window.shape[:1:-1], kernel[::-1], strict=True) for size in (0, -length % p)]
-        tokens.append(_tokens(projection(F.pad(window, pad, mode="replicate"))))
+        tokens.append(_embedded(projection, F.pad(window, pad, mode="replicate") if any(pad) else window))
     return torch.cat(tokens, dim=1)
 
 
-def _tokens(embedded: Tensor) -> Tensor:
-    """[B, D, T, h, w] -> [B, T * h * w, D]."""
-    return embedded.flatten(2).transpose(1, 2)
+def _embedded(projection: nn.Conv3d, x: Tensor) -> Tensor:
+    """[B, C, T, h, w] -> [B, tokens, D], as one matrix product: a convolution's gradient takes longer."""
+    frames, rows, columns = projection.kernel_size
+    cells = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).unflatten(2, (-1, frames))
+    patches = cells.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+    return F.linear(patches, projection.weight.flatten(1), projection.bias)
+
+
+def token_grid(model: HeliosTransformer, x: Tensor) -> tuple[int, int, int]:
+    """Tokens of `x` [B, C, T, h, w] along time, rows and columns."""
+    return x.shape[2], x.shape[3] // model.patch[1], x.shape[4] // model.patch[2]
 
 
 def _past_rotary(model: HeliosTransformer, past: Past) -> Tensor:

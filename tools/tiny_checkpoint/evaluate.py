@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,11 +35,12 @@ _GRAY_LEVELS = 255.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One video of a task: what is asked for and which attributes are looked at."""
+    """One video of a task: what is asked for and which attributes are looked at. steps: None are the checkpoint's."""
 
     scene: Scene
     seed: int
     checked: tuple[str, ...]
+    steps: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ def held_back_cases(count: int, checked: tuple[str, ...], *, seed: int = 0) -> I
 
 def text_to_video(helios: Helios, case: Case) -> Outcome:
     """66 frames of a prompt."""
-    frames = _generate(helios, prompt=full_caption(case.scene), num_frames=NUM_FRAMES, seed=case.seed)
+    frames = _generate(helios, case, prompt=full_caption(case.scene), num_frames=NUM_FRAMES)
     return _outcome(case, frames, frames)
 
 
@@ -71,7 +73,7 @@ def image_to_video(helios: Helios, case: Case) -> Outcome:
         image = Path(folder) / "image.png"
         Image.fromarray(true_frames(case.scene, case.seed)[0]).save(image)
         prompt = f"a shape moving {thing.direction} {thing.speed}"
-        frames = _generate(helios, prompt=prompt, image=str(image), num_frames=NUM_FRAMES, seed=case.seed)
+        frames = _generate(helios, case, prompt=prompt, image=str(image), num_frames=NUM_FRAMES)
     return _outcome(case, frames, frames)
 
 
@@ -82,7 +84,7 @@ def video_to_video(helios: Helios, case: Case) -> Outcome:
         video = Path(folder) / "video.npy"
         np.save(video, true_frames(case.scene, case.seed))
         prompt = f"a {thing.colour} {thing.shape} moving"
-        frames = _generate(helios, prompt=prompt, video=str(video), num_frames=NUM_FRAMES, seed=case.seed)
+        frames = _generate(helios, case, prompt=prompt, video=str(video), num_frames=NUM_FRAMES)
     return _outcome(case, frames, frames)
 
 
@@ -96,7 +98,7 @@ def prompt_change(helios: Helios, case: Case) -> Outcome:
         {"prompt": full_caption(case.scene)},
         {"prompt": full_caption(changed), "chunk": CHANGE_CHUNK, "transition_chunks": TRANSITION_CHUNKS},
     ]
-    frames = _generate(helios, prompts=prompts, num_frames=CHANGED_CHUNKS * FRAMES_PER_CHUNK, seed=case.seed)
+    frames = _generate(helios, case, prompts=prompts, num_frames=CHANGED_CHUNKS * FRAMES_PER_CHUNK)
     faded = (CHANGE_CHUNK + TRANSITION_CHUNKS - 1) * FRAMES_PER_CHUNK
     return _outcome(replace(case, scene=changed), frames, frames[faded : faded + FRAMES_PER_CHUNK])
 
@@ -104,9 +106,7 @@ def prompt_change(helios: Helios, case: Case) -> Outcome:
 def long_video(helios: Helios, case: Case) -> Outcome:
     """20 chunks; how far colours and brightness of the last one are from those of the first, as shares of their range,
     and how much the frames of the last one move."""
-    frames = _generate(
-        helios, prompt=full_caption(case.scene), num_frames=LONG_CHUNKS * FRAMES_PER_CHUNK, seed=case.seed
-    )
+    frames = _generate(helios, case, prompt=full_caption(case.scene), num_frames=LONG_CHUNKS * FRAMES_PER_CHUNK)
     first, last = frames[:FRAMES_PER_CHUNK], frames[-FRAMES_PER_CHUNK:]
     colours = [np.abs(new - old).max() for old, new in zip(mean_colours(first), mean_colours(last), strict=True)]
     measured = {
@@ -127,10 +127,10 @@ TASKS: dict[str, tuple[Callable[[Helios, Case], Outcome], tuple[str, ...]]] = {
 """Each task with the attributes that it is scored by."""
 
 
-def evaluate(helios: Helios, task: str, count: int) -> list[Outcome]:
-    """The outcomes of a task on held-back scenes."""
+def evaluate(helios: Helios, task: str, count: int, steps: tuple[int, ...] | None = None) -> list[Outcome]:
+    """The outcomes of a task on held-back scenes, with so many steps a stage or the checkpoint's own."""
     run, checked = TASKS[task]
-    return [run(helios, case) for case in held_back_cases(count, checked)]
+    return [run(helios, replace(case, steps=steps)) for case in held_back_cases(count, checked)]
 
 
 def shares(outcomes: list[Outcome]) -> dict[str, float]:
@@ -173,8 +173,10 @@ def main() -> None:
     helios = Helios(told.checkpoint, device=told.device, dtype="float32")
     scores = {}
     for task in told.tasks:
+        began = time.perf_counter()
         outcomes = evaluate(helios, task, told.long_count if task == "long" else told.count)
-        scores[task] = shares(outcomes)
+        num_chunks = sum(len(outcome.frames) for outcome in outcomes) / FRAMES_PER_CHUNK
+        scores[task] = shares(outcomes) | {"seconds_per_chunk": round((time.perf_counter() - began) / num_chunks, 3)}
         print(json.dumps({task: scores[task]}), flush=True)
         if told.out is not None:
             told.out.mkdir(parents=True, exist_ok=True)
@@ -182,8 +184,9 @@ def main() -> None:
             (told.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
-def _generate(helios: Helios, **fields: object) -> Frames:
-    chunks = helios.run(helios.parse({"steps": [1, 1, 1], **fields}).request)
+def _generate(helios: Helios, case: Case, **fields: object) -> Frames:
+    steps = {} if case.steps is None else {"steps": list(case.steps)}
+    chunks = helios.run(helios.parse({"seed": case.seed, **steps, **fields}).request)
     return np.concatenate([chunk.frames for chunk in chunks])
 
 

@@ -11,21 +11,24 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from helios_serve.model_executor.checkpoint import VAE_FILE
 from helios_serve.model_executor.model_config import MODEL_INDEX_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE
+from helios_serve.model_executor.recommendations import RECOMMENDATIONS_KEY
 from helios_serve.model_executor.tiny_checkpoint import write_tiny_checkpoint
 from helios_serve.model_executor.transformer import HeliosTransformer
 from helios_serve.model_executor.vae import WanVAE
-from tools.tiny_checkpoint.latents import LATENTS_FILE, load_statistics, trained_vae
+from tools.tiny_checkpoint.kept_vae import best_vae
+from tools.tiny_checkpoint.latents import LATENTS_FILE, load_statistics
 from tools.tiny_checkpoint.presets import PRESETS, Preset, text_encoder_json, transformer_json, vae_json
-from tools.tiny_checkpoint.train_flow import FLOW_FILE, FlowModel
-from tools.tiny_checkpoint.vocabulary import Vocabulary, write_vocabulary
+from tools.tiny_checkpoint.stages import NUM_STAGES
+from tools.tiny_checkpoint.train_flow import FlowModel, usable_flow
+from tools.tiny_checkpoint.vocabulary import write_vocabulary
 from tools.tiny_checkpoint.world import HEIGHT, WIDTH
 
+PROMPT = "a large red circle moving right fast on a blue background"
 MAX_BYTES = 16 * 1024 * 1024
 
 
@@ -47,9 +50,14 @@ def write_trained_checkpoint(preset: Preset, work: Path, out: Path) -> None:
     Raises: CheckpointError if `out` exists; FileNotFoundError for what was not trained yet.
     """
     mean, std = load_statistics(work / LATENTS_FILE)
-    vae, flow = trained_vae(preset.vae, work), trained_flow(preset, work)
+    vae, flow = best_vae(preset.vae, work), usable_flow(preset.flow, work)
     write_tiny_checkpoint("distilled", out)
-    _edit_json(out / MODEL_INDEX_FILE, {"_helios_serve": {"recommended_sizes": [[WIDTH, HEIGHT]]}})
+    recommended = {
+        "recommended_sizes": [[WIDTH, HEIGHT]],
+        "default_steps": [1] * NUM_STAGES,
+        "example_prompt": PROMPT,
+    }
+    _edit_json(out / MODEL_INDEX_FILE, {RECOMMENDATIONS_KEY: recommended})
     shutil.rmtree(out / "tokenizer")
     vocabulary_size = write_vocabulary(out / "tokenizer")
     _edit_json(out / VAE_FILE, vae_json(preset.vae, mean.tolist(), std.tolist()))
@@ -58,14 +66,6 @@ def write_trained_checkpoint(preset: Preset, work: Path, out: Path) -> None:
     _save(out / "vae" / "diffusion_pytorch_model.safetensors", vae_tensors(vae))
     _save(out / "transformer" / "diffusion_pytorch_model.safetensors", transformer_tensors(flow.transformer))
     _save(out / "text_encoder" / "model.safetensors", text_encoder_tensors(flow))
-
-
-def trained_flow(preset: Preset, work: Path) -> FlowModel:
-    """The averaged weights of the flow's training, which may still be going on."""
-    model = FlowModel(preset.flow, Vocabulary.new())
-    values = torch.load(work / FLOW_FILE, map_location="cpu", weights_only=True)["parts"]["average"]["values"]
-    model.load_state_dict(values, strict=False)
-    return model.eval()
 
 
 def transformer_tensors(transformer: HeliosTransformer) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Knows the trained VAE and the file of latents; knows nothing of flows.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -13,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helios_serve.model_executor.vae import WanVAE
 from helios_serve.types import FRAMES_PER_CHUNK, HISTORY_FRAMES, LATENT_FRAMES_PER_CHUNK
-from tools.tiny_checkpoint.presets import FlowTraining, Preset, VaeTraining
+from tools.tiny_checkpoint.kept_vae import best_vae, kept_statistics
+from tools.tiny_checkpoint.presets import FlowTraining, Preset
 from tools.tiny_checkpoint.progress import Run, options
 from tools.tiny_checkpoint.render import render_chunks
-from tools.tiny_checkpoint.train_vae import VAE_FILE, new_vae, posterior
+from tools.tiny_checkpoint.train_vae import posterior
 from tools.tiny_checkpoint.world import CHUNKS_PER_CLIP, Clip, draw_clip
 
 LATENTS_FILE = "latents.safetensors"
@@ -39,6 +40,7 @@ class ClipStore:
         self.clips = clips
         frames = latents.transpose(2, 3).flatten(1, 2)  # (clips, chunks * 9, C, h, w)
         self._timeline = F.pad(frames, (0, 0, 0, 0, 0, 0, _NUM_HISTORY, 0))
+        self._made = self._timeline.clone()
         self._stills = stills[:, :, 0]
 
     @property
@@ -49,19 +51,34 @@ class ClipStore:
         """One chunk of each clip: [B], [B] -> [B, C, 9, h, w] float32."""
         return self._frames(clip, LATENT_FRAMES_PER_CHUNK * chunk + _NUM_HISTORY, LATENT_FRAMES_PER_CHUNK)
 
-    def past(self, clip: Tensor, chunk: Tensor, has_image: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(self, clip: Tensor, chunk: Tensor, made: Tensor, where: Tensor) -> None:
+        """Remembers what the transformer made [B, C, 9, h, w] of chunks, `where` [B] it may be remembered, until it
+        makes them again; what was never made is the clip's own."""
+        index = self._index(LATENT_FRAMES_PER_CHUNK * chunk + _NUM_HISTORY, LATENT_FRAMES_PER_CHUNK)
+        row, new = clip[:, None], made.transpose(1, 2).to(self._made.dtype)
+        self._made[row, index] = torch.where(where.view(-1, 1, 1, 1, 1), new, self._made[row, index])
+
+    def past(self, clip: Tensor, chunk: Tensor, has_image: Tensor, is_made: Tensor) -> tuple[Tensor, Tensor]:
         """The pinned frame [B, C, 1, h, w] and the 19 frames [B, C, 19, h, w] before a chunk, zeros for what there is
-        not; where `has_image`, of a chunk 0 that follows an image of the clip's first frame."""
-        frames = self._frames(clip, LATENT_FRAMES_PER_CHUNK * chunk, _NUM_HISTORY)
+        not; where `has_image`, of a chunk 0 that follows an image of the clip's first frame; where `is_made`, of what
+        the transformer made."""
+        frames = self._frames(clip, LATENT_FRAMES_PER_CHUNK * chunk, _NUM_HISTORY, is_made)
         image = has_image[:, None, None, None]
         frames[:, :, -1] = torch.where(image, self._stills[clip].float(), frames[:, :, -1])
         # the VAE encodes the first frame of a chunk as it encodes an image
-        first = self._frames(clip, torch.full_like(chunk, _NUM_HISTORY), 1)
+        first = self._frames(clip, torch.full_like(chunk, _NUM_HISTORY), 1, is_made)
         return torch.where(image[:, None] | (chunk > 0).view(-1, 1, 1, 1, 1), first, 0.0), frames
 
-    def _frames(self, clip: Tensor, start: Tensor, count: int) -> Tensor:
-        index = start[:, None] + torch.arange(count, device=start.device)
-        return self._timeline[clip[:, None], index].transpose(1, 2).float()
+    def _frames(self, clip: Tensor, start: Tensor, count: int, is_made: Tensor | None = None) -> Tensor:
+        row, index = clip[:, None], self._index(start, count)
+        frames = self._timeline[row, index]
+        if is_made is not None:
+            frames = torch.where(is_made.view(-1, 1, 1, 1, 1), self._made[row, index], frames)
+        return frames.transpose(1, 2).float()
+
+    @staticmethod
+    def _index(start: Tensor, count: int) -> Tensor:
+        return start[:, None] + torch.arange(count, device=start.device)
 
 
 def main() -> None:
@@ -70,22 +87,17 @@ def main() -> None:
     encode_clips(told.preset, told.run)
 
 
-def trained_vae(training: VaeTraining, work: Path) -> WanVAE:
-    """The averaged weights of the VAE's training, which may still be going on."""
-    vae = new_vae(training)
-    values = torch.load(work / VAE_FILE, map_location="cpu", weights_only=True)["parts"]["average"]["values"]
-    vae.load_state_dict(values)
-    return vae.eval()
-
-
 @torch.no_grad()
 def encode_clips(preset: Preset, run: Run) -> None:
-    """Writes LATENTS_FILE into the work directory."""
+    """Writes LATENTS_FILE into the work directory: of `num_clips` clips, or of fewer if the time is up before."""
     training, device = preset.flow, run.device
-    vae = trained_vae(preset.vae, run.work).to(device)
+    began = time.monotonic()
+    vae = best_vae(preset.vae, run.work).to(device)
     latents, stills = [], []
     size = _CLIPS_AT_ONCE[device.type]
     for start in range(0, training.num_clips, size):
+        if latents and run.max_s is not None and time.monotonic() - began > run.max_s:
+            break
         clips = _clips(training, run.seed, range(start, min(start + size, training.num_clips)))
         chunks = [posterior(vae, render_chunks(clips, chunk, device=device))[0] for chunk in range(CHUNKS_PER_CLIP)]
         still = render_chunks(clips, 0, num_frames=1, device=device).expand(-1, -1, FRAMES_PER_CHUNK, -1, -1)
@@ -94,7 +106,8 @@ def encode_clips(preset: Preset, run: Run) -> None:
         if start // size % 50 == 0:
             print(f"{start + len(clips)} of {training.num_clips} clips", flush=True)
     encoded = torch.cat(latents)
-    mean, std = encoded.mean((0, 1, 3, 4, 5)), encoded.std((0, 1, 3, 4, 5))
+    kept = kept_statistics(run.work)  # the latents of a transformer that is trained further stay what they are
+    mean, std = kept or (encoded.mean((0, 1, 3, 4, 5)), encoded.std((0, 1, 3, 4, 5)))
     shape = (-1, 1, 1, 1)
     tensors = {
         "latents": ((encoded - mean.view(shape)) / std.view(shape)).half(),

@@ -22,6 +22,17 @@ class VaeTraining:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderTraining:
+    """How the VAE's decoder is trained once the transformer is: mostly on windows of `window` x `window` pixels out of
+    `batch` pictures, in every third step on a whole one."""
+
+    steps: int
+    batch: int
+    window: int
+    learning_rate: float = 5e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlowTraining:
     """How the transformer and the text encoder are trained.
 
@@ -48,36 +59,39 @@ class Preset:
 
     vae: VaeTraining
     flow: FlowTraining
+    decoder: DecoderTraining
 
 
 PRESETS: dict[str, Preset] = {
     "cpu": Preset(
-        vae=VaeTraining(base_dim=8, num_res_blocks=1, steps=1500, batch=6, window=32, pictures=1, frames=33),
+        vae=VaeTraining(base_dim=8, num_res_blocks=1, steps=3000, batch=6, window=32, pictures=1, frames=33),
         flow=FlowTraining(
             num_heads=6,
             num_layers=4,
             ffn_dim=512,
             text_dim=64,
-            word_steps=600,
+            word_steps=1000,
             steps=6000,
-            batch=(32, 24, 12),
-            num_clips=600,
+            batch=(64, 32, 16),
+            num_clips=1600,
             two_share=0.0,
         ),
+        decoder=DecoderTraining(steps=2000, batch=4, window=48),
     ),
     "gpu": Preset(
         vae=VaeTraining(base_dim=8, num_res_blocks=1, steps=3000, batch=64, window=32, pictures=8, frames=33),
         flow=FlowTraining(
-            num_heads=8,
-            num_layers=6,
-            ffn_dim=640,
-            text_dim=96,
-            word_steps=600,
-            steps=20000,
-            batch=(512, 384, 192),
-            num_clips=8000,
-            two_share=0.1,
+            num_heads=6,
+            num_layers=4,
+            ffn_dim=512,
+            text_dim=64,
+            word_steps=1000,
+            steps=6000,
+            batch=(128, 96, 64),
+            num_clips=2500,
+            two_share=0.0,
         ),
+        decoder=DecoderTraining(steps=2000, batch=32, window=48),
     ),
 }
 
@@ -116,7 +130,7 @@ def transformer_json(training: FlowTraining) -> dict[str, Any]:
         "eps": 1e-6,
         "added_kv_proj_dim": None,
         "rope_dim": [12, 10, 10],
-        "rope_theta": 10000.0,
+        "rope_theta": 100.0,  # the grids are small: lower frequencies would tell no token from another
         "guidance_cross_attn": True,
         "zero_history_timestep": True,
         "has_multi_term_memory_patch": True,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tools.tiny_checkpoint.presets import PRESETS, Preset
+from tools.tiny_checkpoint.team import ALONE, Team
 
 _LOG_EVERY_STEPS = 20
 _SAVE_EVERY_S = 120.0
@@ -29,6 +30,9 @@ class Run:
 
     max_s: seconds after which it must have ended, those before an interruption included; the learning rate falls with
     the time then, and losses depend on the machine's speed. stop_after: a step to stop at as if interrupted.
+    is_compiled: see `batched_flow`. num_processes: that share the transformer's training, see `team`.
+    has_new_vae: whether the VAE is trained too, rather than the kept one used. begins_with: a checkpoint of the same
+    sizes whose text encoder stays and whose transformer is trained further.
     """
 
     work: Path
@@ -36,6 +40,10 @@ class Run:
     seed: int
     max_s: float | None = None
     stop_after: int | None = None
+    is_compiled: bool = False
+    num_processes: int = 1
+    has_new_vae: bool = False
+    begins_with: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +63,25 @@ def options(purpose: str) -> Options:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="end after so many seconds if the steps are not done by then")
     parser.add_argument("--stop-after", type=int, help="stop at this step as if interrupted")
+    parser.add_argument(
+        "--compile", action="store_true", help="fuse the transformer's small operations; minutes at first"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="that share the transformer's training")
+    parser.add_argument("--new-vae", action="store_true", help="train the VAE too, rather than use the kept one")
+    parser.add_argument("--begin-with", type=Path, help="train this checkpoint's transformer further")
     told = parser.parse_args()
     told.work.mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.benchmark = True  # the same few shapes all the time
     run = Run(
         work=told.work,
         device=torch.device(told.device),
         seed=told.seed,
         max_s=told.seconds,
         stop_after=told.stop_after,
+        is_compiled=told.compile,
+        num_processes=told.processes,
+        has_new_vae=told.new_vae,
+        begins_with=told.begin_with,
     )
     return Options(preset=PRESETS[told.preset], run=run)
 
@@ -115,16 +134,18 @@ class Average:
 
 
 class Progress:
-    """Counts steps, logs losses beside the state's file, and saves all `parts` every few minutes and at the end."""
+    """Counts steps, logs losses beside the state's file, and saves all `parts` every few minutes and at the end; of a
+    team the first process does."""
 
-    def __init__(self, run: Run, file: str, num_steps: int, parts: Mapping[str, Stateful]) -> None:
+    def __init__(self, run: Run, file: str, num_steps: int, parts: Mapping[str, Stateful], team: Team = ALONE) -> None:
+        self._team = team
         self._run = run
         self._file = run.work / file
         self._log = self._file.with_suffix(".jsonl")
         self._num_steps = num_steps
         self._parts = parts
-        self._sums: dict[str, Tensor] = {}
-        self._num_summed = 0
+        self._recorded: dict[str, list[Tensor]] = {}
+        self._num_recorded = 0
         self._next_step, self._spent_s = 0, 0.0
         if self._file.is_file():
             saved = torch.load(self._file, map_location="cpu", weights_only=True)
@@ -132,6 +153,8 @@ class Progress:
                 part.load_state_dict(saved["parts"][name])
             self._next_step, self._spent_s = saved["next_step"], saved["spent_s"]
         self._started_s = self._window_s = self._saved_s = time.monotonic()
+        self.share = self._measure_share()
+        """How much of the training is done, by steps or by time: 0 to 1."""
 
     @property
     def steps_left(self) -> range:
@@ -139,15 +162,14 @@ class Progress:
         stop = self._num_steps if self._run.stop_after is None else min(self._num_steps, self._run.stop_after)
         return range(self._next_step, stop)
 
-    @property
-    def share(self) -> float:
-        """How much of the training is done, by steps or by time: 0 to 1."""
+    def _measure_share(self) -> float:
         by_time = 0.0 if self._run.max_s is None else self._total_s / self._run.max_s
-        return max(self._next_step / self._num_steps, by_time)
+        return self._team.agree(max(self._next_step / self._num_steps, by_time))
 
     def steps(self) -> Iterator[int]:
         """`steps_left`, for as long as there is time; saves while it goes and when it is through."""
         for step in self.steps_left:
+            self.share = self._measure_share()
             if self.share >= 1:
                 break
             yield step
@@ -162,20 +184,24 @@ class Progress:
 
     def record(self, step: int, losses: Mapping[str, Tensor]) -> None:
         """Adds the losses of a step to the log, as means over a few steps."""
+        if self._team.rank > 0:
+            return
         for name, loss in losses.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(loss)) + loss.detach()
-        self._num_summed += 1
+            self._recorded.setdefault(name, []).append(loss.detach())
+        self._num_recorded += 1
         if (step + 1) % _LOG_EVERY_STEPS:
             return
         now = time.monotonic()
-        means = {name: round(float(total) / self._num_summed, 6) for name, total in self._sums.items()}
-        line = {"step": step + 1, **means, "step_ms": round(1000 * (now - self._window_s) / self._num_summed, 1)}
+        means = {name: round(float(torch.stack(values).mean()), 6) for name, values in self._recorded.items()}
+        line = {"step": step + 1, **means, "step_ms": round(1000 * (now - self._window_s) / self._num_recorded, 1)}
         with self._log.open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
-        self._sums, self._num_summed, self._window_s = {}, 0, now
+        self._recorded, self._num_recorded, self._window_s = {}, 0, now
 
     def _save(self) -> None:
+        if self._team.rank > 0:
+            return
         scratch = self._file.with_suffix(".part")
         parts = {name: part.state_dict() for name, part in self._parts.items()}
         state = {"next_step": self._next_step, "spent_s": self._total_s, "parts": parts}

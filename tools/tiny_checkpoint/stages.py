@@ -2,8 +2,8 @@
 stage's resolution.
 
 Every stage ends at the clean chunk, so that one step a stage is enough. In the first stage the noise decides where
-things start: their centres are angles of its means (see `couple`), which makes the clip a function of noise and
-caption, and its regression a sampler. Knows latents and noise; knows no model and no words.
+things start: their centres are angles of its lowest harmonics (see `couple`), which makes the clip a function of noise
+and caption, and its regression a sampler. Knows latents and noise; knows no model and no words.
 Shape letters: B examples, C channels, T frames, h x w the grid of a stage.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -24,6 +25,8 @@ from tools.tiny_checkpoint.latents import ClipStore
 from tools.tiny_checkpoint.plans import Plan
 
 NUM_STAGES = 3
+PLACE_CHANNELS, X_CHANNEL = 3, 0
+"""Channels of the noise that tell where a thing starts, and which of them tells x."""
 _MAX_STEPS = 4
 _MAX_STAGE_ERROR = 0.2
 """Standard deviation of what is added, at most, to the end of one stage where the next begins."""
@@ -69,7 +72,7 @@ def nearly(x: Tensor, generator: torch.Generator) -> Tensor:
 def draw_past(store: ClipStore, plan: Plan, generator: torch.Generator) -> Past:
     """What each example sees, with noise blended into each frame by a level of its own; frames of zeros, which stand
     for nothing, stay so."""
-    first, frames = store.past(plan.clip, plan.chunk, plan.has_image)
+    first, frames = store.past(plan.clip, plan.chunk, plan.has_image, plan.is_made)
     both = torch.cat((first, frames), dim=2)
     level = torch.rand(len(both), 1, both.shape[2], 1, 1, generator=generator, device=both.device)
     level = level * plan.corruption.view(-1, 1, 1, 1, 1)
@@ -86,16 +89,36 @@ def shrink(x: Tensor, halvings: int) -> Tensor:
 
 
 def couple(noise: Tensor, angles: Tensor) -> Tensor:
-    """Turns the means of the coarsest noise [B, C, T, h, w] by angles [B, A].
+    """Turns the lowest harmonics of the coarsest noise [B, C, T, h, w] by angles [B, A], x and y of each thing.
 
-    The means of channels 2 i and 2 i + 1 over a sample make a vector; angle i becomes its direction, where it is not
-    NaN. Its length and all deviations from the means stay, and angles are drawn evenly, so that the noise is still
-    white. Means are what attention finds most easily.
+    Two even patterns (see `_place_patterns`) for each angle make a vector of the noise's projections; the angle becomes
+    its direction, where it is not NaN. Its length and all that is orthogonal to the patterns stay, and angles are drawn
+    evenly, so that the noise is still white. Means along time and columns are what attention finds most easily, and
+    those of a column tell how far from it the thing is.
     """
-    means = noise[:, : 2 * angles.shape[1]].mean((2, 3, 4)).unflatten(1, (-1, 2))  # (B, A, 2)
-    turned = means.norm(dim=-1, keepdim=True) * torch.stack((angles.cos(), angles.sin()), dim=-1)
-    change = torch.where(angles.isnan()[..., None], 0.0, turned - means).flatten(1)
-    return noise + F.pad(change, (0, noise.shape[1] - change.shape[1]))[:, :, None, None, None]
+    patterns = _place_patterns(angles.shape[1], noise.shape[1:]).to(noise.device)  # (A, 2, C, T, h, w)
+    parts = torch.einsum("bcthw,apcthw->bap", noise, patterns)
+    turned = parts.norm(dim=-1, keepdim=True) * torch.stack((angles.cos(), angles.sin()), dim=-1)
+    change = torch.where(angles.isnan()[..., None], 0.0, turned - parts)
+    turned_noise: Tensor = noise + torch.einsum("bap,apcthw->bcthw", change, patterns)
+    return turned_noise
+
+
+@cache
+def _place_patterns(num_angles: int, shape: tuple[int, ...]) -> Tensor:
+    """Orthonormal patterns [A, 2, C, T, h, w]: for x of a thing cosine and sine over the columns of one channel, for y
+    the upper against the lower half in each of two channels."""
+    _, _, height, width = shape
+    patterns = torch.zeros(num_angles // 2, 2, 2, *shape)
+    turns = 2 * math.pi * (torch.arange(width) + 0.5) / width
+    halves = torch.where(torch.arange(height) < height / 2, 1.0, -1.0)[:, None]
+    for thing, (x, y) in enumerate(patterns):
+        channel = PLACE_CHANNELS * thing + X_CHANNEL
+        x[0, channel], x[1, channel] = turns.cos(), turns.sin()
+        y[0, channel + 1], y[1, channel + 2] = halves, halves
+    flat = patterns.flatten(0, 1)
+    unit: Tensor = flat / flat.flatten(2).norm(dim=-1).view(*flat.shape[:2], 1, 1, 1, 1)
+    return unit
 
 
 def _block_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:

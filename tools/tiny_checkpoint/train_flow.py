@@ -1,27 +1,32 @@
 """Trains the transformer and the text encoder: `python -m tools.tiny_checkpoint.train_flow --work build/tiny`.
 
-Runs on after an interruption. Knows the loss, the optimisers and how weights begin; knows no file of a checkpoint.
+Runs on after an interruption. Knows the losses and the optimisers; knows no file of a checkpoint.
 """
 
 from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import UMT5Config, UMT5EncoderModel
 
+from helios_serve.config import ModelConfig
 from helios_serve.model_executor.checkpoint import read_config
+from helios_serve.model_executor.model import load_model
 from helios_serve.model_executor.model_config import SchedulerConfig, TransformerConfig
 from helios_serve.model_executor.sampling.schedule import ChunkSchedule
 from helios_serve.model_executor.tiny_checkpoint import write_tiny_checkpoint
 from helios_serve.model_executor.transformer import HeliosTransformer
-from tools.tiny_checkpoint.batched_flow import TextBatch, batched_flow
+from tools.tiny_checkpoint.batched_flow import Prediction, TextBatch, batched_flow, token_grid
 from tools.tiny_checkpoint.captions import VALUES
+from tools.tiny_checkpoint.initial_weights import new_transformer
 from tools.tiny_checkpoint.latents import ClipStore, load_clips
 from tools.tiny_checkpoint.plans import Plan, Planner
 from tools.tiny_checkpoint.presets import FlowTraining, text_encoder_json, transformer_json
@@ -36,43 +41,54 @@ from tools.tiny_checkpoint.stages import (
     schedules,
     shrink,
 )
+from tools.tiny_checkpoint.supervision import MiddleReader
+from tools.tiny_checkpoint.team import ALONE, Team, run_team
 from tools.tiny_checkpoint.vocabulary import Vocabulary
 from tools.tiny_checkpoint.world import HEIGHT, MAX_THINGS, WIDTH
 
 FLOW_FILE = "flow.pt"
 _WARMUP_STEPS = 100
-_PLANNING_PROCESSES = 6
-_WORD_WEIGHT = 0.1
-_ROLL_OUT_FROM = 0.5
-"""Share of the training after which stages begin from the transformer's own work, errors and all."""
+_PLANNING_PROCESSES = 12
+_ROLL_OUT_FROM, _ROLL_OUT_EVERY = 0.5, 2
+"""Share of the training after which later stages begin, in every second step, from the transformer's own work, errors
+and all; a transformer that is trained further begins with that at once, in every step."""
 _NOT_A_WORD = -100
 _VAE_CELL = 8
-_SHARP = 2.0
-"""Where the norms of cross-attention begin, so that the few words of a prompt show among its hundreds of zero rows."""
-_EVEN = 0.5
-"""Where those of self-attention begin, so that it begins with means, among them those that tell where things start."""
 
 
 class FlowModel(nn.Module):
-    """The two parts that are trained, and what reads the words of one for its loss."""
+    """The two parts that are trained, and what reads the words of one and the tokens of the other for their losses."""
 
     def __init__(self, training: FlowTraining, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.transformer = new_transformer(TransformerConfig.from_json(transformer_json(training)))
         self.text_encoder = UMT5EncoderModel(UMT5Config.from_dict(text_encoder_json(training, vocabulary.size)))
         self.vocabulary = vocabulary
+        self.middle_reader = MiddleReader(self.transformer.config.dim)
         self.reader = nn.Linear(training.text_dim, MAX_THINGS * sum(1 + len(names) for names in VALUES.values()))
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Takes the weights of a checkpoint that was trained before."""
+        loaded = load_model(ModelConfig(model=str(path), device="cpu", dtype="float32"))
+        self.transformer.load_state_dict(loaded.transformer.state_dict())
+        words = load_file(path / "text_encoder" / "model.safetensors")
+        self.text_encoder.load_state_dict({name: value.float() for name, value in words.items()}, strict=False)
 
     def embed(self, ids: Tensor, lengths: Tensor) -> TextBatch:
         """What the transformer attends to for captions: canonical ids [B, L] and their numbers [B]."""
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         return TextBatch.of(self.text_encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state, lengths)
 
+    def prompts(self, plan: Plan) -> TextBatch:
+        """What the transformer attends to for a plan's captions, faded as the engine fades prompts."""
+        both = self.embed(plan.ids.flatten(0, 1), plan.lengths.flatten()).embeds[:, :-1].unflatten(0, (-1, 2))
+        return TextBatch.of(torch.lerp(both[:, 0], both[:, 1], plan.share[:, None, None]), plan.lengths.amax(1))
+
     def word_loss(self, text: TextBatch, meanings: Tensor) -> Tensor:
         """How far each word's embedding is from telling what the whole caption says: cross-entropy with `meanings`
         [B, A], the mean over words and attributes. The transformer, which must find a few words among hundreds of zero
-        rows, learns from any of them then. It alone teaches the text encoder: the flow would move the embeddings while
-        the transformer is learning what they mean."""
+        rows, learns from any of them then. It alone teaches the text encoder, before the flow's training begins: the
+        flow would move the embeddings while the transformer is learning what they mean."""
         sizes = [1 + len(names) for names in VALUES.values()] * MAX_THINGS
         told = self.reader(text.embeds).transpose(1, 2).split(sizes, dim=1)  # (B, values, L) each
         asked = torch.where((text.bias == 0)[..., None], meanings[:, None], _NOT_A_WORD).unbind(-1)  # (B, L) each
@@ -84,61 +100,97 @@ class Lesson:
     """One stage's examples of a step."""
 
     def __init__(
-        self, model: FlowModel, store: ClipStore, plan: Plan, schedule: ChunkSchedule, generator: torch.Generator
+        self,
+        model: FlowModel,
+        store: ClipStore,
+        plan: Plan,
+        schedule: ChunkSchedule,
+        generator: torch.Generator,
+        *,
+        is_compiled: bool,
     ) -> None:
-        self._transformer = model.transformer
+        self._model = model
+        self._is_compiled = is_compiled
         self._schedule = schedule
         self._generator = generator
+        self._store = store
         self.plan = plan
         self._clean = store.chunks(plan.clip, plan.chunk)
         self._past = draw_past(store, plan, generator)
 
-    def flow_loss(self, stage: int, text: TextBatch, *, rolls_out: bool) -> Tensor:
-        """Mean squared error of the flow; with `rolls_out` half of the examples begin from what the transformer itself
-        made of the stages before."""
+    def losses(self, stage: int, text: TextBatch, *, rolls_out: bool) -> dict[str, Tensor]:
+        """Mean squared error of the flow, and what the tokens half way miss, by name; with `rolls_out` the
+        later stages begin from what the transformer itself made of those before, and what it makes in the last one is
+        kept for the chunks that follow."""
         batch = self._batch(stage, self.plan, text, rolls_out=rolls_out)
-        return (self._flow(batch.x, self.plan.timestep, text).float() - batch.flow).square().mean()
+        predicted = self._predict(batch.x, self.plan.timestep, text)
+        if rolls_out and stage == NUM_STAGES - 1:
+            end = batch.x - self.plan.sigma.view(-1, 1, 1, 1, 1) * predicted.flow.detach().float()
+            is_one_step = self.plan.sigma == self._schedule.stages[stage].sigmas[0]
+            self._store.keep(self.plan.clip, self.plan.chunk, end, is_one_step)
+        grid = token_grid(self._model.transformer, batch.x)
+        return {
+            "stage": (predicted.flow.float() - batch.flow).square().mean(),
+            "middle": self._model.middle_reader.loss(predicted.middle, self.plan, grid),
+        }
 
     def _batch(self, stage: int, plan: Plan, text: TextBatch, *, rolls_out: bool) -> StageBatch:
         if stage == 0:
             return first_stage(self._clean, plan, self._generator)
-        before = nearly(shrink(self._clean, NUM_STAGES - stage), self._generator)
-        if rolls_out:
-            before[::2] = self._own_end(stage - 1, text)[::2]
+        before = (
+            self.end(stage - 1, text, rolls_out=True)
+            if rolls_out
+            else nearly(shrink(self._clean, NUM_STAGES - stage), self._generator)
+        )
         renoise = self._schedule.renoise[stage]
         assert renoise is not None
         return later_stage(self._clean, plan, before, renoise, self._generator)
 
     @torch.no_grad()
-    def _own_end(self, stage: int, text: TextBatch) -> Tensor:
-        """What the transformer makes of a stage in one step, after those before it."""
+    def end(self, stage: int, text: TextBatch, *, rolls_out: bool) -> Tensor:
+        """What the transformer makes of a stage in one step; with `rolls_out` after what it made of those before."""
         points = self._schedule.stages[stage]
         sigma = torch.full_like(self.plan.sigma, points.sigmas[0])
         timestep = torch.full_like(self.plan.timestep, points.model_timesteps[0])
-        batch = self._batch(stage, replace(self.plan, sigma=sigma), text, rolls_out=True)
-        return batch.x - sigma.view(-1, 1, 1, 1, 1) * self._flow(batch.x, timestep, text).float()
+        batch = self._batch(stage, replace(self.plan, sigma=sigma), text, rolls_out=rolls_out)
+        return batch.x - sigma.view(-1, 1, 1, 1, 1) * self._predict(batch.x, timestep, text).flow.float()
 
-    def _flow(self, x: Tensor, timestep: Tensor, text: TextBatch) -> Tensor:
+    def _predict(self, x: Tensor, timestep: Tensor, text: TextBatch) -> Prediction:
+        is_compiled = self._is_compiled and torch.is_grad_enabled()  # each set of shapes takes minutes to compile
         with reduced_precision(x.device):
-            return batched_flow(self._transformer, x, timestep, self._past, text)
+            return batched_flow(self._model.transformer, x, timestep, self._past, text, is_compiled=is_compiled)
 
 
 def main() -> None:
     """The command."""
     told = options("Trains the transformer and the text encoder of the small checkpoint.")
-    train_flow(told.preset.flow, told.run, load_clips(told.run.work, told.run.device))
+    train_flow(told.preset.flow, told.run)
 
 
-def train_flow(training: FlowTraining, run: Run, store: ClipStore) -> None:
-    """Trains on the device of `store` up to `training.steps`, or for as long as `run` allows."""
+def train_flow(training: FlowTraining, run: Run) -> None:
+    """Trains on the encoded clips up to `training.steps`, or for as long as `run` allows. What the transformer made for
+    histories is not kept over an interruption: they are the clips' own again until it makes them anew."""
+    if run.num_processes == 1:
+        _train(training, run, ALONE)
+    else:
+        run_team(run.num_processes, partial(_train, training, run))
+
+
+def _train(training: FlowTraining, run: Run, team: Team) -> None:
+    store = load_clips(run.work, run.device)
     torch.manual_seed(run.seed)
     device = store.device
-    model = FlowModel(training, Vocabulary.new()).to(device)
+    model = FlowModel(training, Vocabulary.new())
+    if run.begins_with is not None:
+        training = replace(training, word_steps=0)
+        model.load_checkpoint(run.begins_with)
+    model.to(device)
     average = Average(model, decay=0.998)
     optimizers = _optimizers(model, training)
     samplers = schedules(distilled_scheduler(), stage_tokens(model.transformer))
-    progress = Progress(run, FLOW_FILE, training.steps, {"model": model, "average": average, **optimizers})
-    planner = Planner(store.clips, model.vocabulary, samplers, training.batch, run.seed)
+    progress = Progress(run, FLOW_FILE, training.steps, {"model": model, "average": average, **optimizers}, team)
+    batch = [count // team.size for count in training.batch]
+    planner = Planner(store.clips, model.vocabulary, samplers, batch, f"{run.seed} {team.rank}")
     plans = DataLoader(
         planner,
         batch_size=None,
@@ -151,21 +203,39 @@ def train_flow(training: FlowTraining, run: Run, store: ClipStore) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * _pace(step, training.word_steps, progress.share)
             optimizer.zero_grad(set_to_none=True)
-        generator = torch.Generator(device).manual_seed(run.seed * 1_000_003 + step)
+        generator = torch.Generator(device).manual_seed((run.seed * 1_000_003 + step) * team.size + team.rank)
+        is_own_turn = progress.share > _ROLL_OUT_FROM and step % _ROLL_OUT_EVERY == 0
+        rolls_out = run.begins_with is not None or is_own_turn
         losses: dict[str, Tensor] = {}
-        for stage, plan in enumerate(staged):
-            lesson = Lesson(model, store, plan.to(device), samplers[0], generator)
-            text = model.embed(lesson.plan.ids, lesson.plan.lengths)
-            word_loss, flow_loss = model.word_loss(text, lesson.plan.meanings), torch.zeros((), device=device)
-            if step >= training.word_steps:
-                flow_loss = lesson.flow_loss(stage, text.detached(), rolls_out=progress.share > _ROLL_OUT_FROM)
-            (flow_loss + _WORD_WEIGHT * word_loss).backward()
-            losses |= {f"stage{stage}": flow_loss, f"words{stage}": word_loss}
+        for stage, plan in enumerate(plan.to(device) for plan in staged):
+            if step < training.word_steps:
+                text = model.embed(plan.ids[:, 1], plan.lengths[:, 1])
+                parts = {"words": model.word_loss(text, plan.meanings)}
+            else:
+                with torch.no_grad():
+                    text = model.prompts(plan)
+                lesson = Lesson(model, store, plan, samplers[0], generator, is_compiled=run.is_compiled)
+                parts = lesson.losses(stage, text, rolls_out=rolls_out)
+            sum(parts.values(), start=torch.zeros((), device=device)).backward()
+            losses |= {f"{name}{stage}": loss for name, loss in parts.items()}
+        team.average_gradients(model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers.values():
             optimizer.step()
         average.update(model)
         progress.record(step, losses)
+
+
+def usable_flow(training: FlowTraining, work: Path, begins_with: Path | None = None) -> FlowModel:
+    """The averaged weights of the training in `work`, which may still be going on; those of the checkpoint
+    `begins_with` where there is none."""
+    model = FlowModel(training, Vocabulary.new())
+    if begins_with is not None and not (work / FLOW_FILE).is_file():
+        model.load_checkpoint(begins_with)
+        return model.eval()
+    values = torch.load(work / FLOW_FILE, map_location="cpu", weights_only=True)["parts"]["average"]["values"]
+    model.load_state_dict(values, strict=False)
+    return model.eval()
 
 
 def distilled_scheduler() -> SchedulerConfig:
@@ -180,39 +250,6 @@ def stage_tokens(transformer: HeliosTransformer) -> tuple[int, ...]:
     _, height, width = transformer.patch
     rows, columns = HEIGHT // _VAE_CELL // height, WIDTH // _VAE_CELL // width
     return tuple(9 * (rows >> halvings) * (columns >> halvings) for halvings in reversed(range(NUM_STAGES)))
-
-
-def new_transformer(config: TransformerConfig) -> HeliosTransformer:
-    """Random weights that pass the patches of x through to the flow: it begins as x itself, which holds the noise."""
-    transformer = HeliosTransformer(config)
-    for name, parameter in transformer.named_parameters():
-        _begin(name, parameter.data)
-    _pass_through(transformer)
-    return transformer
-
-
-def _begin(name: str, weight: Tensor) -> None:
-    if "norm" in name and name.endswith("weight"):
-        nn.init.constant_(weight, _SHARP if "attn2" in name else _EVEN if "attn1" in name else 1.0)
-    elif name.endswith("bias") or "time_proj" in name or "scale_shift_table" in name:
-        nn.init.zeros_(weight)
-        if name == "scale_shift_tables":
-            weight[:, (2, 5)] = 1.0  # gates of attention and feed-forward
-    else:
-        gain = 0.2 if any(part in name for part in (".to_out.", "ffn.net.2", "time_embedder.linear_2")) else 1.0
-        nn.init.normal_(weight, std=gain * weight[0].numel() ** -0.5)
-
-
-def _pass_through(transformer: HeliosTransformer) -> None:
-    """The first dimensions of the stream carry the values of a patch, and the output reads them."""
-    channels, (_, height, width), dim = transformer.config.in_channels, transformer.patch, transformer.config.dim
-    num_values = channels * height * width
-    for projection in (transformer.patch_embedding, transformer.patch_short):
-        weight = projection.weight.data.view(dim, num_values)
-        weight.mul_(0.1)[:num_values] = torch.eye(num_values)
-    # rows of the output are (cell, channel), values of a patch (channel, cell)
-    place = torch.arange(num_values).view(channels, height * width).T.flatten()
-    transformer.proj_out.weight.data.zero_()[torch.arange(num_values), place] = (num_values / dim) ** 0.5
 
 
 def _optimizers(model: FlowModel, training: FlowTraining) -> dict[str, torch.optim.Optimizer]:

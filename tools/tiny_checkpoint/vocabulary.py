@@ -19,6 +19,8 @@ from helios_serve.model_executor.tiny_tokenizer import SPECIAL_TOKENS, WORD_STAR
 from tools.tiny_checkpoint.captions import PLAIN_WORDS, PUNCTUATION, SYNONYMS
 
 _UNKNOWN = 2
+_ROOM = 32
+"""Ids of a row of `Vocabulary.tokens`, if its captions are no longer: one width, so that nothing is compiled twice."""
 
 
 def write_vocabulary(folder: Path) -> int:
@@ -48,9 +50,9 @@ class Vocabulary:
         return len(self.canonical)
 
     def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Canonical ids [B, L], padded with 0, and their numbers [B]."""
+        """Canonical ids [B, L], padded with 0 to a width that hardly ever changes, and their numbers [B]."""
         rows = [[self.canonical[token] for token in ids] for ids in self.tokenizer(list(captions))["input_ids"]]
-        width = max(len(row) for row in rows)
+        width = max(_ROOM, *(len(row) for row in rows))
         return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
 
 

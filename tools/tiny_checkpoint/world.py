@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from helios_serve.types import FRAMES_PER_CHUNK
 
@@ -41,7 +42,7 @@ DEFAULTS = {"size": "large", "direction": "right", "speed": "slowly", "backgroun
 
 _DEFAULT_SHARE = 0.25
 """How often an attribute that a caption may leave out takes its default on purpose."""
-_CHANGE_SHARE = 0.35
+_CHANGE_SHARE = 0.7
 _HELD_BACK_MODULUS = 11
 
 
@@ -97,6 +98,12 @@ class Clip:
 
     scenes: tuple[Scene, ...]
     starts: tuple[tuple[float, float], ...]
+
+    @property
+    def change(self) -> int | None:
+        """The first chunk of another scene than the chunk before."""
+        pairs = enumerate(pairwise(self.scenes), start=1)
+        return next((chunk for chunk, (old, new) in pairs if old != new), None)
 
     def centres(self, chunk: int) -> tuple[tuple[float, float], ...]:
         """Where the things are in the first frame of a chunk, not wrapped around."""
@@ -160,7 +167,7 @@ def _changed(scene: Scene, rng: random.Random) -> Scene:
     taken = {thing.colour for thing in scene.things} | {scene.background}
     free = [name for name in COLOURS if name not in taken]
     while True:
-        what = rng.choices(("colour", "direction", "shape", "background"), (4, 3, 1, 2))[0]
+        what = rng.choices(("colour", "direction", "shape", "background"), (6, 2, 1, 2))[0]
         if what == "background":
             changed = replace(scene, background=rng.choice(free))
         else:

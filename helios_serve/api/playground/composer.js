@@ -59,6 +59,8 @@ export class Composer {
       ...sizes.map((size) => make("option", { value: size }, size.replace("x", " × "))),
       make("option", { value: CUSTOM }, "Custom"),
     );
+    const { example_prompt: example } = model.helios;
+    if (example) byId("prompt").placeholder = example;
     byId("fps").value = String(fps);
     byId("fps").placeholder = String(fps);
     byId("steps-legend").textContent = numStages === 1 ? "Steps" : "Steps per stage";
