@@ -17,7 +17,7 @@ from helios_serve import __version__
 from helios_serve import serve_flags as flags
 from helios_serve.api.keys_cli import keys_app
 from helios_serve.bench.cli import bench_app
-from helios_serve.config import Device, DType, ModelConfig
+from helios_serve.config import EMBEDDED_MODEL, Device, DType, ModelConfig
 from helios_serve.errors import HeliosError, InvalidRequestError
 from helios_serve.logs import configure_logging
 from helios_serve.quantize_cli import quantize
@@ -86,7 +86,7 @@ def generate(
     model: Annotated[
         str,
         typer.Option(help="Checkpoint directory or hub id. [a small trained one of this package]", show_default=False),
-    ] = str(flags.EMBEDDED_MODEL),
+    ] = str(EMBEDDED_MODEL),
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid; needs guidance above 1.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image that the video begins from.")] = None,

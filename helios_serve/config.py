@@ -11,6 +11,9 @@ from typing import Literal, get_args
 
 from helios_serve.types import Approximation
 
+EMBEDDED_MODEL = Path(__file__).with_name("helios-tiny")
+"""The small trained checkpoint that comes with the package; docs/tiny-checkpoint.md is its card."""
+
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "bfloat16"]
 Offload = Literal["none", "text_encoder", "all"]

@@ -10,11 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from helios_serve.config import Device, DType
+from helios_serve.config import EMBEDDED_MODEL, Device, DType
 from helios_serve.settings import Derive, Flag
-
-EMBEDDED_MODEL = Path(__file__).with_name("helios-tiny")
-"""The small trained checkpoint that comes with the package; docs/tiny-checkpoint.md is its card."""
 
 Model = Annotated[
     str | None, typer.Argument(help="Checkpoint directory or hub id. [a small trained one of this package]")

@@ -226,7 +226,8 @@ class JobRunner:
         live = LiveJob(
             lease=job.lease,
             spec=spec,
-            request=spec.request(job),
+            asked=(asked := spec.request(job)),
+            request=asked,
             created_at=job.created_at,
             seq=self._num_claimed,
             has_started=job.started_at is not None,

@@ -45,6 +45,7 @@ class JobViews:
         self._stores = stores
         self._runner = runner
         self._inits: OrderedDict[str, bytes] = OrderedDict()
+        self._init_reads: InFlight[str, bytes] = InFlight()
         self._standings: Recent[records.Standing] = Recent()
         self._shown: Recent[JobProgress] = Recent()
         self._reads: InFlight[tuple[str, int], JobSegment] = InFlight()
@@ -85,17 +86,26 @@ class JobViews:
 
     async def progress(self, standing: records.Standing) -> JobProgress:
         """Where a job stands, made once for each of its steps."""
-        row, live = standing.job, self._runner.live(standing.job.id)
-        mark = None if live is None else (live.steps_done, live.phase, live.play_state, self._queue_position(live))
-        return await self._shown.get(
-            row.tenant, row.id, lambda: self._progress(standing), mark=(standing, mark), max_age_s=LIVE_AGE_S
-        )
+        row, mark = standing.job, (standing, self.step(standing))
+        made = self._shown.kept(row.tenant, row.id, mark=mark, max_age_s=LIVE_AGE_S)
+        if made is None:
+            made = await self._progress(standing)
+            self._shown.put(row.tenant, row.id, made, mark=mark)
+        return made
 
     async def _progress(self, standing: records.Standing) -> JobProgress:
         job, live = await self._view(standing), self._runner.live(standing.job.id)
         if live is None:
             return JobProgress(job=job, cursor=None, phase="queued" if job.state == "queued" else "denoise")
         return JobProgress(job=job, cursor=live.cursor, phase=live.phase)
+
+    def step(self, standing: records.Standing) -> object:
+        """What `progress` tells apart: the same as long as it has nothing new to say."""
+        row, live = standing.job, self._runner.live(standing.job.id)
+        if live is None:
+            return row.state
+        position = self._queue_position(live) if row.state == "queued" else None
+        return row.state, position, live.cursor, live.phase, live.play_state
 
     async def published(self, standing: records.Standing, index: int) -> JobSegment:
         """Segment `index`, below `num_published`. Viewers of a job that runs here share one reading of it, all others
@@ -143,8 +153,7 @@ class JobViews:
         Raises: DataLossError when its bytes are damaged.
         """
         assert chunk.seg_blob is not None
-        spec = read_spec(row)
-        request = await self._request(row, spec)
+        request = await self._request(row)
         stats = stats_of(chunk.vae_stats)
         try:
             media = await self._stores.blobs.get(chunk.seg_blob)
@@ -155,22 +164,23 @@ class JobViews:
         segment = _shown(request, chunk.idx, init, media, chunk.seg_frames, stats.generated_ms)
         return replace(segment, is_last=chunk.idx + 1 == row.num_chunks)
 
-    async def _request(self, row: records.Job, spec: JobSpec) -> VideoRequest:
+    async def _request(self, row: records.Job) -> VideoRequest:
         live = self._runner.live(row.id)
         if live is not None:
             return live.request
-        request = spec.request(row)
+        request = read_spec(row).request(row)
         if not row.is_interactive:
             return request
         controls = await self._stores.chunks.controls(row.id)
         return with_controls(request, controls, row.next_chunk)
 
     async def _init(self, row: records.Job) -> bytes:
-        assert row.init_blob is not None
-        init = self._inits.get(row.init_blob)
+        key = row.init_blob
+        assert key is not None
+        init = self._inits.get(key)
         if init is None:
-            init = await self._stores.blobs.get(row.init_blob)
-            self._inits[row.init_blob] = init
+            init = await self._init_reads.get(key, lambda: self._stores.blobs.get(key))
+            self._inits[key] = init
             if len(self._inits) > NUM_KEPT_INITS:
                 self._inits.popitem(last=False)
         return init
@@ -178,7 +188,7 @@ class JobViews:
     async def _view(self, standing: records.Standing) -> Job:
         row, live = standing.job, self._runner.live(standing.job.id)
         spec = read_spec(row) if live is None else live.spec
-        request = spec.request(row)
+        request = spec.request(row) if live is None else live.asked
         state: State = "expired" if row.is_expired and row.state == "finished" else _STATES[row.state]
         num_chunks = request.params.num_chunks if row.num_chunks is None else row.num_chunks
         return Job(

@@ -50,6 +50,8 @@ class LiveJob:
 
     lease: Lease
     spec: JobSpec
+    asked: VideoRequest
+    """As its row says, for those who look at the job: without pictures, and without what a session changed."""
     request: VideoRequest
     created_at: float
     seq: int

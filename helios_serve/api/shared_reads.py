@@ -64,14 +64,21 @@ class Recent(Generic[V]):
         Args:
             mark: what this process knows of the job; another one makes an older answer worthless.
         """
+        kept = self.kept(tenant, job_id, mark=mark, max_age_s=max_age_s)
+        if kept is not None:
+            return kept
         key = tenant, job_id
-        kept = self._kept.get(key)
-        if kept is not None and kept.mark == mark and time.monotonic() - kept.begun_at < max_age_s:
-            return kept.value
         found = await self._reads.get(key, lambda: self._read(key, mark, read))
         if found.mark != mark:  # begun before what is known now
             found = await self._read(key, mark, read)
         return found.value
+
+    def kept(self, tenant: str, job_id: str, *, mark: object, max_age_s: float) -> V | None:
+        """As `get`, without asking."""
+        kept = self._kept.get((tenant, job_id))
+        if kept is not None and kept.mark == mark and time.monotonic() - kept.begun_at < max_age_s:
+            return kept.value
+        return None
 
     def put(self, tenant: str, job_id: str, value: V, *, mark: object) -> None:
         """An answer that somebody else read just now."""

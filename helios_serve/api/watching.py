@@ -73,13 +73,10 @@ class JobWatch:
                 yield JobEnded(job=await self._views.ended(standing))
                 return
             self._check_open(live)
-            if with_steps:
+            if with_steps and self._views.step(standing) != shown:
                 news = await self._views.progress(standing)
-                play = None if live is None else live.play_state
-                mark = (news.cursor, news.phase, news.job.state, news.job.queue_position, play)
-                if mark != shown:
-                    shown, told_s = mark, time.monotonic()
-                    yield news
+                shown, told_s = self._views.step(standing), time.monotonic()
+                yield news
             if change is None:
                 await asyncio.sleep(random.uniform(*POLL_S))
             else:
@@ -96,6 +93,9 @@ class JobWatch:
 
 async def _wait(event: asyncio.Event, limit_s: float | None) -> None:
     """Until it is set, for at most so long."""
+    if limit_s is None:
+        await event.wait()
+        return
     try:
         async with asyncio.timeout(limit_s):
             await event.wait()

@@ -2,8 +2,9 @@
 
 One program per token: it reads its row once, keeps it in registers and writes each result once. The tables, which are
 larger than the rows and the same for most tokens, stay in the first-level cache. Statistics are float32
-(float64 for float64 inputs). Products and sums are rounded one by one, as in the reference: nothing is contracted to a
-fused multiply-add. A result is stored in the dtype of `x`, or rounded on to e4m3 with a scale per row.
+(float64 for float64 inputs). The products and sums of a residual are rounded one by one, as in the reference: nothing
+is contracted to a fused multiply-add but what the norm says is. A result is rounded to the dtype of `x`, or at once to
+e4m3 with a scale per row.
 """
 
 from __future__ import annotations

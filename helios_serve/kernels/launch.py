@@ -126,9 +126,7 @@ def candidate_plans(width: int) -> tuple[RowPlan, ...]:
     part = default_plan(width).block
     plans = (RowPlan(block=block, num_warps=warps) for block in (part, part // 2, 2 * part) for warps in (4, 8, 2, 16))
     return tuple(
-        plan
-        for plan in plans
-        if 128 <= plan.block // plan.num_warps <= 512 and width <= 112 * 32 * plan.num_warps
+        plan for plan in plans if 128 <= plan.block // plan.num_warps <= 512 and width <= 112 * 32 * plan.num_warps
     )
 
 

@@ -1,7 +1,7 @@
 """Rounding of rows to e4m3 with one scale per row, alone and behind GELU.
 
-One program per row, which it reads once. Knows rows and their largest entries; knows no matrix product. e4m3 needs
-compute capability 8.9.
+One program per row, which it reads once; what GELU gives is rounded once, to e4m3. Knows rows and their largest
+entries; knows no matrix product. e4m3 needs compute capability 8.9.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from helios_serve.kernels.launch import Specialisation, accumulator, default_pla
 from helios_serve.kernels.row_parts import load_row, store_quantized_row
 
 _SLOPE = -2.0 * (2.0 / math.pi) ** 0.5 * math.log2(math.e)
-_LINEAR, _CUBIC = tl.constexpr(_SLOPE), tl.constexpr(0.044715 * _SLOPE)
+_LINEAR, _CUBIC = (tl and tl.constexpr(factor * _SLOPE) for factor in (1.0, 0.044715))
 """0.5 * (1 + tanh(u)) is 1 / (1 + exp(-2 u)): the polynomial of the exponent, in powers of two."""
 
 
@@ -40,7 +40,7 @@ def _quantize_rows_kernel(
         for start in tl.static_range(0, D, BLOCK):
             part = parts[start // BLOCK]
             inner = part * tl.fma(part * part, _CUBIC, _LINEAR)
-            root = tl.rsqrt(1.0 + tl.exp2(inner))
+            root = tl.rsqrt(1.0 + tl.exp2(inner))  # its square takes fewer instructions than a division
             activated += (part * (root * root),)
         parts = activated
     store_quantized_row(parts, out_ptr + token * D, row_scale_ptr + token, D, BLOCK)

@@ -89,6 +89,7 @@ OPERATORS = tuple(
         ("quantize_rows", "quantize_rows_kernel/5120", 3, _flat_rows),
         ("gated_residual_norm_fp8", "gated_residual_norm_kernel/5120", 7, _all_rows),
         ("layer_norm_modulate_fp8", "layer_norm_kernel/5120", 3, _all_rows),
+        ("residual_scatter_norm_fp8", "residual_scatter_norm_kernel/5120", 7, _current_rows),
     )
 )
 """The most expensive ones first, as time may run out."""

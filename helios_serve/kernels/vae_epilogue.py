@@ -7,6 +7,7 @@ Kernels address rows of pixels and round as PyTorch's convolution and addition d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -82,9 +83,8 @@ def launch_add_bias(x: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     assert residual is None or residual.shape == x.shape
     assert all(one is None or one.is_contiguous() for one in (x, bias, residual))
     channels = x.shape[1]
-    width = channels if channels >= _NARROW else channels * _FOLD
-    rows = rows_of(width)
-    _add_bias_kernel[(-(-x.numel() // (rows * width)),)](
+    width = _width_of(channels)
+    _add_bias_kernel[(-(-x.numel() // (rows_of(width) * width)),)](
         x,
         bias,
         residual,
@@ -92,11 +92,16 @@ def launch_add_bias(x: Tensor, bias: Tensor, residual: Tensor | None) -> None:
         C=width,
         PERIOD=channels,
         WIDE=accumulator(x),
-        ROWS=rows,
+        ROWS=rows_of(width),
         BLOCK=block_of(width),
         num_warps=_NUM_WARPS,
         **_EXACT,
     )
+
+
+def _width_of(channels: int) -> int:
+    """Values of a row as the kernel takes them."""
+    return channels if channels >= _NARROW else channels * _FOLD
 
 
 def launch_place_with_bias(x: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -104,8 +109,7 @@ def launch_place_with_bias(x: Tensor, bias: Tensor, out: Tensor) -> None:
     assert x.shape == out.shape
     assert x.stride(-1) == out.stride(-1) == bias.stride(-1) == 1
     num_frames, height, width, channels = x.shape
-    block = block_of(channels)
-    rows = rows_of(block)
+    rows = rows_of(channels)
     _place_with_bias_kernel[(-(-width // rows), height, num_frames)](
         x,
         bias,
@@ -116,7 +120,7 @@ def launch_place_with_bias(x: Tensor, bias: Tensor, out: Tensor) -> None:
         C=channels,
         WIDE=accumulator(x),
         ROWS=rows,
-        BLOCK=block,
+        BLOCK=block_of(channels),
         num_warps=_NUM_WARPS,
         **_EXACT,
     )
@@ -156,28 +160,32 @@ convolve = operator(
 
 
 def specialisations(widths: tuple[int, ...]) -> tuple[Specialisation, ...]:
-    """What a decoder with those numbers of channels launches in bfloat16."""
-    made: list[Specialisation] = []
-    for width in widths:
-        block = block_of(width)
-        always = {"C": width, "WIDE": tl.float32, "ROWS": rows_of(block), "BLOCK": block}
-        flat = {"x_ptr": "*bf16", "bias_ptr": "*bf16", "num_values": "i32"}
-        strides = ("x_frame", "x_line", "x_column", "out_frame", "out_line", "out_column")
-        strided = {"x_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16", "width": "i32"}
-        strided |= dict.fromkeys(strides, "i32")
-        for name, kernel, types, others in (
-            ("vae_add_bias", _add_bias_kernel, flat, {"residual_ptr": None, "PERIOD": width}),
-            ("vae_add_bias_residual", _add_bias_kernel, {**flat, "residual_ptr": "*bf16"}, {"PERIOD": width}),
-            ("vae_place_with_bias", _place_with_bias_kernel, strided, {}),
-        ):
-            made.append(
-                Specialisation(
-                    name=f"{name}_{width}",
-                    kernel=kernel,
-                    types=types,
-                    constants={**always, **others},
-                    num_warps=_NUM_WARPS,
-                    is_contracted=False,
-                )
-            )
-    return tuple(made)
+    """What a decoder with those numbers of channels, and three in its picture, launches in bfloat16."""
+    return (*(one for width in (*widths, 3) for one in _biased(width)), *(_placed(width) for width in widths))
+
+
+def _tile(width: int) -> dict[str, Any]:
+    return {"C": width, "WIDE": tl.float32, "ROWS": rows_of(width), "BLOCK": block_of(width)}
+
+
+def _biased(channels: int) -> tuple[Specialisation, ...]:
+    types = {"x_ptr": "*bf16", "bias_ptr": "*bf16", "num_values": "i32"}
+    constants = {**_tile(_width_of(channels)), "PERIOD": channels}
+    return (
+        _specialisation(f"vae_add_bias_{channels}", _add_bias_kernel, types, {**constants, "residual_ptr": None}),
+        _specialisation(
+            f"vae_add_bias_residual_{channels}", _add_bias_kernel, {**types, "residual_ptr": "*bf16"}, constants
+        ),
+    )
+
+
+def _placed(width: int) -> Specialisation:
+    strides = ("x_frame", "x_line", "x_column", "out_frame", "out_line", "out_column")
+    types = {**dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*bf16"), **dict.fromkeys(("width", *strides), "i32")}
+    return _specialisation(f"vae_place_with_bias_{width}", _place_with_bias_kernel, types, _tile(width))
+
+
+def _specialisation(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Specialisation:
+    return Specialisation(
+        name=name, kernel=kernel, types=types, constants=constants, num_warps=_NUM_WARPS, is_contracted=False
+    )

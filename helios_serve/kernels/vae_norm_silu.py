@@ -1,12 +1,15 @@
 """The VAE's RMS norm over the channels with SiLU, on flat rows of pixels, written straight to where a causal
 convolution reads: behind the frames that it looks back at, or into the windows of frames that it sees.
 
-One program takes a tile of several rows, each of which is read once, and no position is divided into frame, line and
-column. Statistics are float32 (float64 for float64 inputs).
+One program takes a tile of several rows in parts of a third of their channels. Each row is read once, and no position
+is divided into frame, line and column. Bias and gamma are read for each row, from the first-level cache: vectors that
+all rows share would send the tile through shared memory, to threads that have a value of every row. Statistics are
+float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +19,7 @@ from helios_serve.kernels.launch import Specialisation, accumulator, block_of, j
 
 _TILE = 4096  # values of a program
 _NUM_WARPS = 4
+_MINUS_LOG2_E = tl and tl.constexpr(-math.log2(math.e))
 
 
 @jit
@@ -61,10 +65,11 @@ def _norm_rows_kernel(
         gamma = tl.load(gamma_ptr + (tile * 0 + channel), mask=is_row & is_channel, other=0.0).to(WIDE)
         out = values[first // BLOCK] * factor * gamma
         if HAS_SILU:
-            root = tl.rsqrt(1.0 + tl.exp2(out * -1.4426950408889634))  # its square is the logistic function
+            root = tl.rsqrt(1.0 + tl.exp2(out * _MINUS_LOG2_E))  # its square is the logistic function of `out`
             out = out * (root * root)
         if left_ptr is not None:
-            left = tl.load(left_ptr + (clip * num_left + start) * C + (tile * C + channel), mask=is_left & is_channel, other=0.0)
+            source = left_ptr + (clip * num_left + start) * C + (tile * C + channel)
+            left = tl.load(source, mask=is_left & is_channel, other=0.0)
             out = tl.where(is_left, left.to(WIDE), out)
         rounded = out.to(out_ptr.dtype.element_ty)
         is_written = (is_left | is_row) & is_channel

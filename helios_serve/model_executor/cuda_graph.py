@@ -101,8 +101,8 @@ class CudaRecorder:
         return CudaRecording(graph=graph, out=out, forgotten=self._forget)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Ends what failed. A capture that the device has given up ends in an error, before PyTorch tells its allocator,
-        which from then on would neither give back memory nor look at what other streams have finished with."""
+        """Ends what failed. One that the device has given up ends in an error, before PyTorch tells its allocator: it
+        would never again give back memory when there is too little, nor what other streams are done with."""
         try:
             graph.capture_end()
         except RuntimeError:

@@ -173,10 +173,10 @@ def test_a_drain_shows_itself_first_and_ends_what_is_open() -> None:
         await session.write(pb.SessionRequest(start=pb.SessionStart(spec=served.spec())))
         assert (await session.read()).HasField("started")
 
-        draining = asyncio.create_task(served.server.drain(0.5))
+        draining = asyncio.create_task(served.server.drain(2.0))
         started_s = time.monotonic()
         refusal = await refused(session)
-        assert time.monotonic() - started_s < 0.4
+        assert time.monotonic() - started_s < 1.5
         assert await served.health(NAME) == NOT_SERVING
         assert await served.health("") == SERVING
         new = await refused(stub.ListModels(pb.ListModelsRequest()))
@@ -185,7 +185,7 @@ def test_a_drain_shows_itself_first_and_ends_what_is_open() -> None:
             assert (each.code, each.reason, each.retry_s) == (grpc.StatusCode.UNAVAILABLE, "draining", 1.0)
             assert each.retry_after_ms == "1000"
         await draining
-        assert 0.4 < time.monotonic() - started_s < 2
+        assert 1.9 < time.monotonic() - started_s < 10
         assert service.sessions[-1].has_left
         assert ("left", video_id) in service.log
         assert ("cancel", video_id) not in service.log
@@ -206,7 +206,7 @@ def test_whoever_watches_is_told_that_the_server_ends(caplog: pytest.LogCaptureF
         assert (await watches[0].read()).status == NOT_SERVING
         started_s = time.monotonic()
         await served.server.stop()
-        assert time.monotonic() - started_s < 0.5
+        assert time.monotonic() - started_s < 5
         for watch in watches:
             assert await watch.code() == grpc.StatusCode.UNAVAILABLE
             assert await watch.details() == "the server is shutting down"

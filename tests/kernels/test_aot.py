@@ -17,8 +17,8 @@ RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels_aot.j
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX = ("attend_", "cross_attention_")
 """How the names of kernels begin that multiply matrices."""
-INTERLEAVED = {"to_uint8", "rgb_to_yuv420"}
-"""They read pixels of three channels, which lie side by side: no wide loads."""
+INTERLEAVED = {"rgb_to_yuv420"}
+"""It reads pixels of three channels, which lie side by side: no wide loads."""
 GROWTH = 8
 """Registers that a kernel may take beyond what was recorded; more is looked at, and recorded anew."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from helios_serve.config import EMBEDDED_MODEL
 from helios_serve.offline import Helios
-from helios_serve.serve_flags import EMBEDDED_MODEL
 from tools.tiny_checkpoint.evaluate import evaluate, shares
 from tools.tiny_checkpoint.export import MAX_BYTES
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from helios_serve.config import EMBEDDED_MODEL
 from helios_serve.offline import Helios
-from helios_serve.serve_flags import EMBEDDED_MODEL
 from tests.parity.oracle import Case, Oracle, assert_same_video, run_ours
 
 PROMPT = "A small red ball, drifting left slowly over white."

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helios_serve.config import EMBEDDED_MODEL
 from helios_serve.model_executor.vae import WanVAE
-from helios_serve.serve_flags import EMBEDDED_MODEL
 from tools.tiny_checkpoint.presets import VaeTraining
 from tools.tiny_checkpoint.train_vae import VAE_FILE, new_vae
 
