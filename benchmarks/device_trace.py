@@ -40,6 +40,11 @@ class Kernel:
         name = self.name.lower()
         return next((kind for kind, pattern in _CLASSES if re.search(pattern, name)), "other")
 
+    @property
+    def is_memset(self) -> bool:
+        """The device's own clearing, as matrix products of cuBLAS ask for before they count their tiles."""
+        return self.name.startswith("Memset")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceTrace:

@@ -18,10 +18,9 @@ from typing import Any
 
 from rich.console import Console
 
-from helios_serve.config import ModelConfig
+from helios_serve.config import EMBEDDED_MODEL, ModelConfig
 from helios_serve.model_executor.quantized_checkpoint import save_quantized
 from helios_serve.offline import Helios
-from helios_serve.serve_flags import EMBEDDED_MODEL
 from tools.tiny_checkpoint.evaluate import evaluate, shares
 
 _BEGIN, _END = "<!-- quality table: begin -->", "<!-- quality table: end -->"

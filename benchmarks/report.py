@@ -175,12 +175,20 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 def readme_block(folder: Path = RESULTS) -> str:
-    """The measurements that have a goal, of the newest run of each device."""
-    lines = []
-    for path in sorted(folder.glob(_FILES)):
+    """The measurements that have a goal, newest run first; of an older one what no newer run on its device measured."""
+    lines, seen = list[str](), set[tuple[str, str]]()
+    for path in sorted(folder.glob(_FILES), reverse=True):
         result = _kept(path)
-        with_goal = [one for one in result.measurements if one.goal is not None and not one.name.startswith("micro/")]
-        lines += [f"{result.environment['device']}, [{path.name}](benchmarks/results/{path.name}):", ""]
+        device = str(result.environment["device"])
+        with_goal = [
+            one
+            for one in result.measurements
+            if one.goal is not None and not one.name.startswith(_MICRO) and (device, one.name) not in seen
+        ]
+        if not with_goal:
+            continue
+        seen |= {(device, one.name) for one in with_goal}
+        lines += [f"{device}, [{path.name}](benchmarks/results/{path.name}):", ""]
         lines += [_row(("", "unit", "measured", "goal", "limit")), _row(["---"] * 5)]
         lines += [
             _row((title_of(one.name), one.unit, _number(one.value), _number(one.goal), _number(one.limit)))

@@ -128,7 +128,9 @@ def rgb_to_yuv420(frames: Tensor) -> Tensor:
     num_frames, _, height, width = frames.shape
     red, green, blue = (frames.float() * 0.5 + 0.5).clamp(0, 1).unbind(1)  # (F, H, W) each
     luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    chroma = torch.stack(((blue - luma) / 1.8556, (red - luma) / 1.5748), dim=1)  # (F, 2, H, W) in [-0.5, 0.5]
+    spans = (luma.new_full((), span) for span in (1.8556, 1.5748))  # by a number, CUDA multiplies with its inverse
+    blueness, redness = ((colour - luma) / span for colour, span in zip((blue, red), spans, strict=True))
+    chroma = torch.stack((blueness, redness), dim=1)  # (F, 2, H, W) in [-0.5, 0.5]
     y = (16 + 219 * luma).round()
     uv = (128 + 224 * F.avg_pool2d(chroma, 2)).round()
     flat = torch.cat((y.flatten(1), uv.flatten(1)), dim=1).to(torch.uint8)  # Y, then U, then V plane

@@ -31,8 +31,12 @@ LIMIT = 1e-6
 """Relative distance in float32, of which only sums are in another order."""
 LIMIT_E4M3 = 2e-3
 """The same with results in e4m3, where another order of sums moves a few values to the next number."""
+LIMIT_BY_LIBRARY = {"linear_gelu": 1e-5}
+"""The same of what a library computes its own way: cuBLAS's GELU is 2.5e-6 off, products in TF32 would be 1e-4."""
 LARGE = 1 << 28
 """Arguments with more values are compared in float32: float64 would take tens of gigabytes."""
+PART = 1 << 26
+"""Values that are compared at a time: there is no room for copies of the largest results."""
 RUNS = [
     *((case, shape, torch.float32) for case in CASES for shape in case.odd),
     *((case, shape, torch.bfloat16) for case in CASES for shape in (*case.few, *case.served)),
@@ -72,6 +76,13 @@ def _values(outcome: Sequence[Tensor]) -> list[Tensor]:
     return [result.double() * next(following) if result.dtype == FP8 else result for result in following]
 
 
+def _distance(one: Tensor, truth: Tensor, is_written: Tensor) -> Tensor:
+    """The norm of the difference, in the dtype of `truth`, over what was written."""
+    parts = zip(*(x.flatten().split(PART) for x in (one, truth, is_written)), strict=True)
+    norms = [torch.where(written, left.to(right.dtype) - right, 0.0).norm() for left, right, written in parts]
+    return torch.stack(norms).norm()
+
+
 def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
@@ -97,21 +108,24 @@ def test_kernel_is_as_near_to_exact_as_its_definition(case: OpCase, shape: Shape
     for now, before in zip(_margins(arguments), margins, strict=True):
         assert torch.equal(_bytes(now), _bytes(before)), "written outside of a tensor"
     expected = case.outcome(case.reference, _arguments(case, shape, dtype))
-    exact = case.outcome(case.reference, _widened(_arguments(case, shape, dtype), wide))
     for actual, wanted in zip(outcome, expected, strict=True):
         assert (actual.dtype, actual.shape) == (wanted.dtype, wanted.shape)
         if case.is_exact:
             assert torch.equal(_bytes(actual), _bytes(wanted)), "other bits"
+    if case.is_exact:
+        return  # as far from exact as the definition
+    exact = case.outcome(case.reference, _widened(_arguments(case, shape, dtype), wide))
     if "residual" in case.name:
         assert torch.equal(arguments[0], expected[-len(case.written)]), "the stream has other bits"
     for actual, wanted, truth in zip(*(_values(results) for results in (outcome, expected, exact)), strict=True):
         is_written = ~truth.isnan()
         assert torch.equal(~actual.isnan(), is_written), "other rows were written"
-        truth = truth[is_written].to(wide)
-        ours, theirs = ((one[is_written].to(wide) - truth).norm() for one in (actual, wanted))
-        share = LIMIT_E4M3 if any(one.dtype == FP8 for one in outcome) else LIMIT
-        limit = DISTANCE * theirs if dtype == torch.bfloat16 else share * truth.norm() + theirs
-        assert ours <= limit, f"{ours / truth.norm():.3e} from exact, the definition {theirs / truth.norm():.3e}"
+        truth = truth.to(wide).nan_to_num_()
+        ours, theirs = (_distance(one, truth, is_written) for one in (actual, wanted))
+        size = truth.norm()
+        share = LIMIT_E4M3 if any(one.dtype == FP8 for one in outcome) else LIMIT_BY_LIBRARY.get(case.name, LIMIT)
+        limit = DISTANCE * theirs if dtype == torch.bfloat16 else share * size + theirs
+        assert ours <= limit, f"{ours / size:.3e} from exact, the definition {theirs / size:.3e}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -127,13 +141,14 @@ def test_same_input_twice_gives_the_same_bits(case: OpCase) -> None:
 
 
 def _kernels_of(call: Callable[[], object]) -> list[str]:
-    """Names of what a call launches."""
+    """Names of the kernels that a call launches; to clear a few bytes is none."""
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    return [event.key for event in profile.key_averages() if event.self_device_time_total > 0]
+    names = [event.key for event in profile.key_averages() if event.self_device_time_total > 0]
+    return [name for name in names if not name.startswith("Memset")]
 
 
 @pytest.mark.parametrize("rows", [2940, 4560, 11040])

@@ -19,6 +19,8 @@ MATRIX = ("attend_", "cross_attention_")
 """How the names of kernels begin that multiply matrices."""
 INTERLEAVED = {"rgb_to_yuv420"}
 """It reads pixels of three channels, which lie side by side: no wide loads."""
+NARROW = {"gelu_quantize_rows_2048x16w"}
+"""Eight bytes for a thread, measured on an H100 to be the fastest."""
 GROWTH = 8
 """Registers that a kernel may take beyond what was recorded; more is looked at, and recorded anew."""
 
@@ -40,7 +42,7 @@ def test_kernels_stay_within_registers_and_shared_memory(compiled: dict[str, Any
         assert usage["stack_bytes"] == 0, usage
         assert usage["shared_bytes"] <= SHARED_LIMIT_BYTES[usage["capability"]], usage
         assert usage["matrix_products"] > 0 or not usage["kernel"].startswith(MATRIX), usage
-        assert usage["wide_loads"] > 0 or usage["kernel"] in INTERLEAVED, usage
+        assert usage["wide_loads"] > 0 or usage["kernel"] in INTERLEAVED | NARROW, usage
 
 
 def test_what_kernels_take_is_what_was_recorded(compiled: dict[str, Any]) -> None:

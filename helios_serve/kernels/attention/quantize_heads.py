@@ -18,6 +18,7 @@ from helios_serve.kernels.attention.segments import NUM_SHAPES, on_device
 from helios_serve.kernels.fp8 import FP8
 from helios_serve.kernels.launch import Specialisation, block_of, jit, operator, tl
 from helios_serve.kernels.reference_fp8 import quantize_heads as reference_quantize_heads
+from helios_serve.kernels.row_parts import divided
 
 BLOCK_TOKENS = 64
 NUM_WARPS = 4
@@ -78,7 +79,7 @@ def _quantize_heads_kernel(
     column = tl.arange(0, BLOCK_D)
     is_inside = (token < tl.load(place + 1))[:, None] & (column < HEAD)[None, :]
     x = tl.load(x_ptr + token[:, None] * token_stride + head * HEAD + column[None, :], mask=is_inside, other=0.0)
-    quotient = tl.div_rn(x.to(tl.float32), tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32) + scale)
+    quotient = divided(x.to(tl.float32), scale, tl.div_rn(1.0, tl.maximum(scale, 2.0**-126)))
     quotient = tl.clamp(quotient, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     out_offset = token[:, None] * (NUM_HEADS * HEAD) + head * HEAD + column[None, :]
     tl.store(out_ptr + out_offset, quotient.to(tl.float8e4nv), mask=is_inside)
