@@ -39,11 +39,11 @@ class ModelConfig:
     by step on cpu; an approximation, experimental until its quality is shown on trained weights; None is the dtype.
     cuda_graphs: the transformer's forwards are recorded by the shape of their packs and started in one launch; on cuda;
     no faster on an H100 with the 14B model. approximations: of every video, which it changes; experimental until their
-    quality is shown on trained weights. history_reuse keeps the keys and values of a chunk's history from its first step for the later
-    ones; step_cache, for Base and Mid, leaves forwards out whose input has hardly changed. step_cache_threshold: the
-    relative change since the last forward, summed over steps, from which on step_cache runs another one. weights:
-    random draws them where they are to stay and reads the checkpoint's configuration and tokenizer alone, to measure a
-    machine.
+    quality is shown on trained weights. history_reuse keeps the keys and values of a chunk's history from its first
+    step for the later ones; step_cache, for Base and Mid, leaves forwards out whose input has hardly changed.
+    step_cache_threshold: the relative change since the last forward, summed over steps, from which on step_cache runs
+    another one. weights: random draws them where they are to stay and reads the checkpoint's configuration and
+    tokenizer alone, to measure a machine.
     """
 
     model: str
