@@ -245,7 +245,7 @@ def test_ctrl_c_ends_without_a_traceback_or_half_a_file(tiny_distilled: Path, tm
             time.sleep(0.02)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +47,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def noting(name: str) -> Callable[..., None]:
         return lambda *_: made.append(name)
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: "side")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(device_index=0))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", noting("end of pool"), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", noting("pool released"), raising=False)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: ("pool", next(pools)))
     monkeypatch.setattr(torch.cuda, "empty_cache", noting("empty_cache"))
@@ -89,7 +92,7 @@ def test_recordings_share_a_pool_until_the_last_is_gone(calls: list[Any]) -> Non
 
 
 def test_the_first_error_is_told(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the one with which the capture ends after it; and the stream is no longer capturing."""
+    """Not the one with which the capture ends after it; the stream is no longer capturing, and the allocator knows."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: _Graph(calls, end_fails=True))
     recorder = CudaRecorder(DEVICE)
 
@@ -98,7 +101,7 @@ def test_the_first_error_is_told(calls: list[Any], monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(ValueError, match="waits for the device"):
         recorder.record(fails)
-    assert calls[-1] == "end"
+    assert calls[-3:] == ["end", "end of pool", "pool released"]
     with pytest.raises(RuntimeError, match="some earlier reason"):
         recorder.record(lambda: _work(calls))
     assert recorder.num_bytes == 0
