@@ -14,14 +14,14 @@ from tools.tiny_checkpoint.presets import PRESETS
 from tools.tiny_checkpoint.progress import Run
 from tools.tiny_checkpoint.train_flow import train_flow
 
-RECORDED_LOSSES = {"stage0": 0.279311, "middle0": 0.146037, "stage1": 0.284369, "stage2": 0.402857}
-"""Of the last 20 of 200 steps, the first 100 of words alone, in bfloat16 on a processor that computes with it."""
+RECORDED_LOSSES = {"stage0": 0.38123, "middle0": 0.163155, "stage1": 0.321814, "stage2": 0.446685}
+"""Of the last 20 of 200 steps, the first 100 of words alone, in float32."""
 
 
 @pytest.mark.quality
 def test_two_hundred_steps_give_the_recorded_losses(tmp_path: Path) -> None:
-    """The shipped sizes and the kept VAE, with fewer clips and examples, so that it takes two minutes. Rounding grows
-    with the steps: where products are not in bfloat16 the losses come near, and elsewhere nearer."""
+    """The shipped sizes and the kept VAE, with fewer clips and examples, so that it takes two minutes, or ten
+    where a processor does not compute with bfloat16. Rounding grows with the steps, and is larger where it does."""
     preset = PRESETS["cpu"]
     flow = replace(preset.flow, word_steps=100, steps=200, batch=(16, 8, 4), num_clips=16)
     run = Run(work=tmp_path, device=torch.device("cpu"), seed=0)
