@@ -358,6 +358,16 @@ def test_what_was_trained_is_served(preset: Preset, work: Path, barely_trained: 
     assert (served[: len(text)] - text).abs().max() < 0.05 * text.abs().max()
 
 
+def test_the_decoder_is_trained_and_latents_keep_their_meaning(preset: Preset, work: Path, tmp_path: Path) -> None:
+    shutil.copy(work / VAE_FILE, tmp_path)
+    before, after = best_vae(preset.vae, tmp_path), best_vae(preset.vae, work)
+    changed = {name for name, value in after.named_parameters() if not torch.equal(value, before.get_parameter(name))}
+    assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
+    for name in changed:
+        change = (after.get_parameter(name) - before.get_parameter(name)).abs().max()
+        assert change <= 3 * preset.decoder.learning_rate, name  # three steps of AdamW
+
+
 def test_latents_are_normalised(work: Path) -> None:
     with safe_open(work / "latents.safetensors", "pt") as file:
         latents = file.get_tensor("latents").float()

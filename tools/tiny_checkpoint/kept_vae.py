@@ -18,9 +18,8 @@ from tools.tiny_checkpoint.presets import VaeTraining
 from tools.tiny_checkpoint.train_vae import VAE_FILE, new_vae
 
 DECODER_FILE = "decoder.pt"
-
-KEPT_FILE = EMBEDDED_MODEL / "vae" / "diffusion_pytorch_model.safetensors"
-KEPT_CONFIG = EMBEDDED_MODEL / "vae" / "config.json"
+_KEPT_FILE = EMBEDDED_MODEL / "vae" / "diffusion_pytorch_model.safetensors"
+_KEPT_CONFIG = EMBEDDED_MODEL / "vae" / "config.json"
 
 
 def best_vae(training: VaeTraining, work: Path) -> WanVAE:
@@ -32,7 +31,7 @@ def best_vae(training: VaeTraining, work: Path) -> WanVAE:
     if trained.is_file():
         vae.load_state_dict(_averages(trained))
     else:
-        vae.load_state_dict({name: value.float() for name, value in load_file(KEPT_FILE).items()})
+        vae.load_state_dict({name: value.float() for name, value in load_file(_KEPT_FILE).items()})
     if (work / DECODER_FILE).is_file():
         vae.load_state_dict(_averages(work / DECODER_FILE), strict=False)
     return vae.eval()
@@ -42,7 +41,7 @@ def kept_statistics(work: Path) -> tuple[Tensor, Tensor] | None:
     """Mean and standard deviation of the kept VAE's latents by channel, [C] each; None where `work` has a new VAE."""
     if (work / VAE_FILE).is_file():
         return None
-    config = json.loads(KEPT_CONFIG.read_text(encoding="utf-8"))
+    config = json.loads(_KEPT_CONFIG.read_text(encoding="utf-8"))
     return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
 
 

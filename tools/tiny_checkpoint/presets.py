@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -62,38 +62,30 @@ class Preset:
     decoder: DecoderTraining
 
 
-PRESETS: dict[str, Preset] = {
-    "cpu": Preset(
-        vae=VaeTraining(base_dim=8, num_res_blocks=1, steps=3000, batch=6, window=32, pictures=1, frames=33),
-        flow=FlowTraining(
-            num_heads=6,
-            num_layers=4,
-            ffn_dim=512,
-            text_dim=64,
-            word_steps=1000,
-            steps=6000,
-            batch=(64, 32, 16),
-            num_clips=1600,
-            two_share=0.0,
-        ),
-        decoder=DecoderTraining(steps=2000, batch=4, window=48),
+_CPU = Preset(
+    vae=VaeTraining(base_dim=8, num_res_blocks=1, steps=3000, batch=6, window=32, pictures=1, frames=33),
+    flow=FlowTraining(
+        num_heads=6,
+        num_layers=4,
+        ffn_dim=512,
+        text_dim=64,
+        word_steps=1000,
+        steps=6000,
+        batch=(64, 32, 16),
+        num_clips=1600,
+        two_share=0.0,
     ),
+    decoder=DecoderTraining(steps=2000, batch=4, window=48),
+)
+PRESETS: dict[str, Preset] = {
+    "cpu": _CPU,
     "gpu": Preset(
-        vae=VaeTraining(base_dim=8, num_res_blocks=1, steps=3000, batch=64, window=32, pictures=8, frames=33),
-        flow=FlowTraining(
-            num_heads=6,
-            num_layers=4,
-            ffn_dim=512,
-            text_dim=64,
-            word_steps=1000,
-            steps=6000,
-            batch=(128, 96, 64),
-            num_clips=2500,
-            two_share=0.0,
-        ),
-        decoder=DecoderTraining(steps=2000, batch=32, window=48),
+        vae=replace(_CPU.vae, batch=64, pictures=8),
+        flow=replace(_CPU.flow, batch=(128, 96, 64), num_clips=2500),
+        decoder=replace(_CPU.decoder, batch=32),
     ),
 }
+"""The same sizes; on a GPU from more examples."""
 
 
 def vae_json(training: VaeTraining, mean: list[float], std: list[float]) -> dict[str, Any]:
