@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from helios_serve.store.blobs import key_of
+from helios_serve.store.blob_key import key_of
 from helios_serve.types import FRAMES_PER_CHUNK, Codec
 from helios_serve.workers.segment import SegmentSpec, encode_segment, progressive_mp4
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import prometheus_client as prometheus
@@ -141,13 +142,16 @@ class Metrics:
     """
 
     def __init__(self, model_name: str, *, alias: Literal["vllm"] | None = None) -> None:
-        self._model_name = model_name
         registry = prometheus.CollectorRegistry()
-        self._counters = {row.name: prometheus.Counter(*row.head, registry=registry) for row in _COUNTERS}
-        self._gauges = {row.name: prometheus.Gauge(*row.head, registry=registry) for row in _GAUGES}
-        self._histograms = {
+        counters = {row.name: prometheus.Counter(*row.head, registry=registry) for row in _COUNTERS}
+        gauges = {row.name: prometheus.Gauge(*row.head, registry=registry) for row in _GAUGES}
+        histograms = {
             row.name: prometheus.Histogram(*row.head, buckets=row.buckets, registry=registry) for row in _HISTOGRAMS
         }
+        # by name and labels, as the library takes its locks and copies the labels whenever it is asked for one
+        self._counter = cache(lambda name, *labels: counters[name].labels(model_name, *labels))
+        self._gauge = cache(lambda name, *labels: gauges[name].labels(model_name, *labels))
+        self._histogram = cache(lambda name, *labels: histograms[name].labels(model_name, *labels))
         prometheus.ProcessCollector(registry=registry)
         prometheus.PlatformCollector(registry=registry)
         prometheus.GCCollector(registry=registry)
@@ -291,13 +295,13 @@ class Metrics:
         self.sessions(0)
 
     def _add(self, name: str, amount: float, *labels: str) -> None:
-        self._counters[name].labels(self._model_name, *labels).inc(amount)
+        self._counter(name, *labels).inc(amount)
 
     def _set(self, name: str, value: float, *labels: str) -> None:
-        self._gauges[name].labels(self._model_name, *labels).set(value)
+        self._gauge(name, *labels).set(value)
 
     def _observe(self, name: str, value: float, *labels: str) -> None:
-        self._histograms[name].labels(self._model_name, *labels).observe(value)
+        self._histogram(name, *labels).observe(value)
 
 
 class _Published(Collector):

@@ -148,21 +148,29 @@ class JobViews:
     # Bytes.
 
     async def segment(self, row: records.Job, chunk: records.Chunk) -> JobSegment:
-        """A published segment.
+        """A published segment. Raises: as `segments`."""
+        return (await self.segments(row, [chunk]))[0]
 
-        Raises: DataLossError when its bytes are damaged.
+    async def segments(self, row: records.Job, chunks: Sequence[records.Chunk]) -> list[JobSegment]:
+        """Published segments, their bytes read in one go.
+
+        Raises: DataLossError when those of one are damaged.
         """
-        assert chunk.seg_blob is not None
-        request = await self._request(row)
-        stats = stats_of(chunk.vae_stats)
+        request, of_key = await self._request(row), {chunk.seg_blob: chunk.idx for chunk in reversed(chunks)}
         try:
-            media = await self._stores.blobs.get(chunk.seg_blob)
+            media = await self._stores.blobs.get_all([chunk.seg_blob for chunk in chunks if chunk.seg_blob is not None])
             init = await self._init(row)
         except BlobMissingError as error:
-            await self._stores.leases.lose_data(row.id, f"video {row.id}: segment {chunk.idx} is damaged")
-            raise DataLossError(f"video {row.id}: segment {chunk.idx} is damaged") from error
-        segment = _shown(request, chunk.idx, init, media, chunk.seg_frames, stats.generated_ms)
-        return replace(segment, is_last=chunk.idx + 1 == row.num_chunks)
+            index = of_key.get(error.key, chunks[0].idx)
+            await self._stores.leases.lose_data(row.id, f"video {row.id}: segment {index} is damaged")
+            raise DataLossError(f"video {row.id}: segment {index} is damaged") from error
+        return [
+            replace(
+                _shown(request, chunk.idx, init, data, chunk.seg_frames, stats_of(chunk.vae_stats).generated_ms),
+                is_last=chunk.idx + 1 == row.num_chunks,
+            )
+            for chunk, data in zip(chunks, media, strict=True)
+        ]
 
     async def _request(self, row: records.Job) -> VideoRequest:
         live = self._runner.live(row.id)

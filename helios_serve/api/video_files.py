@@ -146,4 +146,4 @@ class VideoFiles:
             page = await self._stores.chunks.segments(tenant, row.id, start + len(segments))
             if not page.chunks:
                 return segments
-            segments += [await self._views.segment(page.job, chunk) for chunk in page.chunks]
+            segments += await self._views.segments(page.job, page.chunks)

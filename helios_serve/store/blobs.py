@@ -1,22 +1,19 @@
 """Content-addressed blobs in a directory or an S3-compatible bucket: durable before they are named, verified when they
 are read. Knows bytes and keys; knows nothing of jobs.
 
-A key is BLAKE2b-128 of the content, `ab/abcd...`. A local file is written beside its place, synced, renamed and its
-directory synced, so that a file under a key is always whole: obstore renames without syncing, hence only its reads are
-used there.
+A local file is written beside its place, synced, renamed and its directory synced, so that a file under a key is always
+whole: obstore renames without syncing, hence only its reads are used there.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import hashlib
 import itertools
 import os
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -28,9 +25,10 @@ from obstore.store import LocalStore, ObjectStore, S3Store
 
 from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.store.blob_cache import BlobCache
+from helios_serve.store.blob_key import key_of, key_of_digest, key_of_file, new_digest
 from helios_serve.store.data_dir import sync_dir
 from helios_serve.store.errors import BlobMissingError, StoreStartError, storage_error
-from helios_serve.store.in_turn import in_turn
+from helios_serve.store.in_thread import in_thread, in_turn
 from helios_serve.store.records import BlobRef
 
 if TYPE_CHECKING:
@@ -112,6 +110,10 @@ class BlobStore:
         """
         return await self._run(self._get, key)
 
+    async def get_all(self, keys: Sequence[str]) -> list[bytes]:
+        """Several whole blobs, one after the other. Raises: as `get`, for the first that fails."""
+        return await self._run(lambda: [self._get(key) for key in keys])
+
     async def verify(self, key: str) -> int:
         """The size of an intact blob, read whole once in each process. Raises: as `get`."""
         return await self._run(self._verify, key)
@@ -184,7 +186,7 @@ class BlobStore:
         self._threads.shutdown()
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: _answered(work, *args, **kwargs))
+        return await in_thread(self._threads, lambda: _answered(work, *args, **kwargs))
 
     def _put(self, data: bytes) -> BlobRef:
         key = key_of(data)
@@ -293,12 +295,12 @@ class BlobStore:
             size = int(obstore.head(self._root, key)["size"])
             if self._verified.get(key) == size:
                 return size
-            digest = hashlib.blake2b(digest_size=16)
+            digest = new_digest()
             for piece in obstore.get(self._root, key).stream(min_chunk_size=PIECE_BYTES):
                 digest.update(piece)
         except FileNotFoundError:
             raise BlobMissingError(key) from None
-        if _key(digest.hexdigest()) != key:
+        if key_of_digest(digest.hexdigest()) != key:
             self._quarantine(key)
             raise BlobMissingError(key, "damaged; moved to quarantine")
         with self._lock:
@@ -373,17 +375,6 @@ class BlobStore:
         return path.with_name(f"{path.name}#{os.getpid()}{next(self._numbers)}")
 
 
-def key_of(data: bytes) -> str:
-    """The key of a blob with this content."""
-    return _key(hashlib.blake2b(data, digest_size=16).hexdigest())
-
-
-def key_of_file(path: Path) -> str:
-    """The key of a blob with the content of this file."""
-    with path.open("rb") as file:
-        return _key(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
-
-
 def local_blobs(path: Path, *, faults: FaultPlan = NO_FAULTS) -> BlobStore:
     """Blobs in a directory."""
     path.mkdir(parents=True, exist_ok=True)
@@ -399,7 +390,3 @@ def _answered(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if answer is None:
             raise
         raise answer from error
-
-
-def _key(digest: str) -> str:
-    return f"{digest[:2]}/{digest}"

@@ -6,7 +6,6 @@ one thread for each. A transaction whose caller was cancelled still runs to its 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from helios_serve.faults import NO_FAULTS, FaultPlan
 from helios_serve.store.errors import StoreStartError, sqlstate, storage_error
+from helios_serve.store.in_thread import in_thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Database:
         Raises: StorageUnavailableError, and whatever `work` raises.
         """
         call = self._call(self.read_now, work, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._readers, call)
+        return await in_thread(self._readers, call)
 
     async def write(self, work: Callable[Concatenate[sa.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of `work(connection, ...)` once it is durable. After an error of the commit itself the outcome is
@@ -64,7 +64,7 @@ class Database:
 
         Raises: StorageUnavailableError, StorageFullError, and whatever `work` raises.
         """
-        return await asyncio.wrap_future(self.begin_write(work, *args, **kwargs))
+        return await in_thread(self._writers, self._call(self.write_now, work, *args, **kwargs))
 
     def begin_write(
         self, work: Callable[Concatenate[sa.Connection, P], T], *args: P.args, **kwargs: P.kwargs

@@ -19,7 +19,8 @@ from obstore.store import MemoryStore
 
 from helios_serve.faults import NO_FAULTS, Fault, FaultPlan
 from helios_serve.store.blob_cache import BlobCache
-from helios_serve.store.blobs import BlobStore, key_of, local_blobs
+from helios_serve.store.blob_key import key_of
+from helios_serve.store.blobs import BlobStore, local_blobs
 from helios_serve.store.errors import BlobMissingError, StorageFullError, StorageUnavailableError, StoreStartError
 from helios_serve.store.records import BlobRef
 
@@ -57,6 +58,10 @@ def test_a_blob_is_read_as_it_was_put(blobs: BlobStore) -> None:
         assert await blobs.presign(ref.key, 60) is None
         empty = await blobs.put(b"")
         assert await blobs.get(empty.key) == b""
+        assert await blobs.get_all([empty.key, ref.key, empty.key]) == [b"", DATA, b""]
+        with pytest.raises(BlobMissingError) as missing:
+            await blobs.get_all([ref.key, "ab/absent", "cd/absent"])
+        assert missing.value.key == "ab/absent"
 
     asyncio.run(run())
 

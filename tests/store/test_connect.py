@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from helios_serve.store.blobs import key_of
+from helios_serve.store.blob_key import key_of
 from helios_serve.store.connect import StoreConfig, open_stores
 from helios_serve.store.errors import BlobMissingError, StoreStartError
 from tests.store.helpers import finished, latents_of
