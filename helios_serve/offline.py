@@ -23,6 +23,7 @@ from helios_serve.model_executor.batch import ChunkInput, ChunkOutput
 from helios_serve.model_executor.history import History
 from helios_serve.model_executor.model import load_model
 from helios_serve.model_executor.runner import Runner
+from helios_serve.model_executor.transformer import HeliosTransformer
 from helios_serve.types import NUM_TRAIL_CHUNKS, ModelInfo, SamplingParams, Segment, StepCursor, VideoRequest
 from helios_serve.workers.encoder import EncoderWorker
 from helios_serve.workers.media import Decoder
@@ -81,6 +82,11 @@ class Helios:
         self._encoder = EncoderWorker(loaded.text_encoder, loaded.vae)
         self._runner = Runner(loaded.transformer, loaded.rules)
         self._vae = VaeWorker(loaded.vae)
+
+    @property
+    def transformer(self) -> HeliosTransformer:
+        """What makes the latents."""
+        return self._runner.transformer
 
     def generate(self, prompt: str | None = None, **fields: object) -> Iterator[VideoChunk]:
         """Makes a video and yields its chunks as they are done.

@@ -223,10 +223,11 @@ class JobRunner:
     def _begin(self, job: Job) -> LiveJob:
         self._num_claimed += 1
         spec = read_spec(job)
+        asked = spec.request(job)
         live = LiveJob(
             lease=job.lease,
             spec=spec,
-            asked=(asked := spec.request(job)),
+            asked=asked,
             request=asked,
             created_at=job.created_at,
             seq=self._num_claimed,

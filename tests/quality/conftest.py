@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tools.tiny_checkpoint.build import build
-from tools.tiny_checkpoint.presets import DecoderTraining, FlowTraining, Preset, VaeTraining
+from tools.tiny_checkpoint.presets import FlowTraining, Preset, VaeTraining
 from tools.tiny_checkpoint.progress import Run
 
 PRESET = Preset(
@@ -23,8 +23,8 @@ PRESET = Preset(
         batch=(3, 2, 2),
         num_clips=2,
         two_share=0.5,
+        num_windows=2,
     ),
-    decoder=DecoderTraining(steps=3, batch=2, window=32),
 )
 
 

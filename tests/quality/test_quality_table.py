@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import quality
@@ -31,6 +32,16 @@ def test_every_row_of_the_table_is_run_as_it_says(barely_trained: Path, monkeypa
         ("bfloat16", None),
         ("float32", "fp8"),
     }
+
+
+@pytest.mark.parametrize("row", [row for row in quality.ROWS if row.bug is not None], ids=lambda row: row.name)
+def test_a_planted_bug_changes_the_video(barely_trained: Path, row: quality.Row) -> None:
+    """Of the second chunk at least: the first one has no history to be wrong about."""
+    made = []
+    for each in (quality.Row(name="float32"), row):
+        chunks = quality._helios(each, barely_trained).generate("a red circle", num_frames=66)
+        made.append([chunk.latents for chunk in chunks][-1])
+    assert not torch.equal(*made)
 
 
 def test_a_moving_picture_has_the_frames_of_its_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

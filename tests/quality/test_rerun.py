@@ -26,7 +26,7 @@ def test_two_hundred_steps_give_the_recorded_losses(tmp_path: Path) -> None:
     flow = replace(preset.flow, word_steps=100, steps=200, batch=(16, 8, 4), num_clips=16)
     run = Run(work=tmp_path, device=torch.device("cpu"), seed=0)
     encode_clips(replace(preset, flow=flow), run)
-    train_flow(flow, run)
+    train_flow(replace(preset, flow=flow), run)
     last = json.loads((tmp_path / "flow.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert last["step"] == 200
     assert {name: last[name] for name in RECORDED_LOSSES} == pytest.approx(RECORDED_LOSSES, rel=0.05)

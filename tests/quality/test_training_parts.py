@@ -24,7 +24,7 @@ from helios_serve.model_executor.sampling.schedule import Renoise
 from tools.tiny_checkpoint import stages
 from tools.tiny_checkpoint.batched_flow import Past, TextBatch, batched_flow
 from tools.tiny_checkpoint.captions import ATTRIBUTES, SYNONYMS, caption, full_caption
-from tools.tiny_checkpoint.kept_vae import best_vae
+from tools.tiny_checkpoint.kept_vae import FLOW_FILE, best_vae
 from tools.tiny_checkpoint.latents import LATENTS_FILE, ClipStore
 from tools.tiny_checkpoint.plans import Plan, Planner
 from tools.tiny_checkpoint.presets import PRESETS, Preset
@@ -32,7 +32,7 @@ from tools.tiny_checkpoint.progress import Run
 from tools.tiny_checkpoint.render import render_chunks
 from tools.tiny_checkpoint.scorer import read_frames
 from tools.tiny_checkpoint.supervision import _places
-from tools.tiny_checkpoint.train_flow import FLOW_FILE, FlowModel, distilled_scheduler, train_flow, usable_flow
+from tools.tiny_checkpoint.train_flow import FlowModel, distilled_scheduler, train_flow, usable_flow
 from tools.tiny_checkpoint.train_vae import VAE_FILE, decode, new_vae, posterior, train_vae
 from tools.tiny_checkpoint.vocabulary import Vocabulary
 from tools.tiny_checkpoint.world import CHUNKS_PER_CLIP, COLOURS, HEIGHT, WIDTH, draw_clip, draw_scene
@@ -40,7 +40,14 @@ from tools.tiny_checkpoint.world import CHUNKS_PER_CLIP, COLOURS, HEIGHT, WIDTH,
 CPU = torch.device("cpu")
 RECORDED_LOSSES = {
     "vae": {"l1": 0.696217, "l2": 0.670787, "kl": 1.590363},
-    "flow": {"stage0": 1.135256, "stage1": 0.769264, "stage2": 0.846002, "words0": 1.684058},
+    "flow": {
+        "stage0": 1.12442,
+        "stage1": 0.783664,
+        "stage2": 0.899496,
+        "window2": 1.231269,
+        "whole2": 1.23443,
+        "words0": 1.68994,
+    },
 }
 """Means over the 20 steps of the fixture's trainings in float32; the first five of the flow's are words alone."""
 
@@ -311,18 +318,21 @@ def test_held_back_scenes_are_never_in_a_clip() -> None:
 
 
 def test_interrupted_training_goes_on_as_if_nothing_had_happened(preset: Preset, work: Path, tmp_path: Path) -> None:
-    shutil.copy(work / LATENTS_FILE, tmp_path)
+    for file in (VAE_FILE, LATENTS_FILE):
+        shutil.copy(work / file, tmp_path)
     run = Run(work=tmp_path, device=CPU, seed=0)
-    train_flow(preset.flow, replace(run, stop_after=9))
-    train_flow(preset.flow, run)
-    once, twice = (torch.load(folder / FLOW_FILE, weights_only=True)["parts"]["average"] for folder in (work, tmp_path))
-    for name, value in once["values"].items():
-        torch.testing.assert_close(twice["values"][name], value, msg=name)
+    train_flow(preset, replace(run, stop_after=9))
+    train_flow(preset, run)
+    once, twice = (torch.load(folder / FLOW_FILE, weights_only=True)["parts"] for folder in (work, tmp_path))
+    for part in ("average", "vae_average"):
+        for name, value in once[part]["values"].items():
+            torch.testing.assert_close(twice[part]["values"][name], value, msg=name)
 
 
 def test_a_checkpoint_is_trained_further(preset: Preset, work: Path, barely_trained: Path, tmp_path: Path) -> None:
-    shutil.copy(work / LATENTS_FILE, tmp_path)
-    train_flow(preset.flow, Run(work=tmp_path, device=CPU, seed=0, stop_after=1, begins_with=barely_trained))
+    for file in (VAE_FILE, LATENTS_FILE):
+        shutil.copy(work / file, tmp_path)
+    train_flow(preset, Run(work=tmp_path, device=CPU, seed=0, stop_after=1, begins_with=barely_trained))
     further, before = usable_flow(preset.flow, tmp_path), usable_flow(preset.flow, work)
     text = [model.embed(*model.vocabulary.tokens(("a red circle",))).embeds for model in (before, further)]
     assert (text[0] - text[1]).abs().max() < 0.05 * text[0].abs().max()  # bfloat16 in the checkpoint
@@ -365,7 +375,7 @@ def test_the_decoder_is_trained_and_latents_keep_their_meaning(preset: Preset, w
     assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
     for name in changed:
         change = (after.get_parameter(name) - before.get_parameter(name)).abs().max()
-        assert change <= 3 * preset.decoder.learning_rate, name  # three steps of AdamW
+        assert change < 7e-4 * preset.flow.steps, name
 
 
 def test_latents_are_normalised(work: Path) -> None:

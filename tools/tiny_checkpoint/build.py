@@ -13,13 +13,11 @@ from tools.tiny_checkpoint.export import write_trained_checkpoint
 from tools.tiny_checkpoint.latents import LATENTS_FILE, encode_clips
 from tools.tiny_checkpoint.presets import Preset
 from tools.tiny_checkpoint.progress import Run, options
-from tools.tiny_checkpoint.train_decoder import train_decoder
 from tools.tiny_checkpoint.train_flow import train_flow
 from tools.tiny_checkpoint.train_vae import train_vae
 
-_VAE_SHARE, _DECODER_SHARE = 0.35, 0.15
-"""Of the seconds that are given, the first where the VAE is trained; to encode the clips and to export take their
-own."""
+_VAE_SHARE = 0.35
+"""Of the seconds that are given, where the VAE is trained; to encode the clips and to export take their own."""
 
 
 def main() -> None:
@@ -34,9 +32,7 @@ def build(preset: Preset, run: Run) -> Path:
         train_vae(preset.vae, _with_share(run, _VAE_SHARE))
     if not (run.work / LATENTS_FILE).is_file():
         encode_clips(preset, replace(run, max_s=None))
-    flow_share = 1 - _DECODER_SHARE - (_VAE_SHARE if run.has_new_vae else 0)
-    train_flow(preset.flow, _with_share(run, flow_share))
-    train_decoder(preset, _with_share(run, _DECODER_SHARE))
+    train_flow(preset, _with_share(run, 1 - _VAE_SHARE if run.has_new_vae else 1))
     out = run.work / "checkpoint"
     shutil.rmtree(out, ignore_errors=True)
     write_trained_checkpoint(preset, run.work, out)

@@ -17,7 +17,8 @@ from helios_serve.model_executor.vae import WanVAE
 from tools.tiny_checkpoint.presets import VaeTraining
 from tools.tiny_checkpoint.train_vae import VAE_FILE, new_vae
 
-DECODER_FILE = "decoder.pt"
+FLOW_FILE = "flow.pt"
+"""State of the transformer's training, in which the decoder is trained too."""
 _KEPT_FILE = EMBEDDED_MODEL / "vae" / "diffusion_pytorch_model.safetensors"
 _KEPT_CONFIG = EMBEDDED_MODEL / "vae" / "config.json"
 
@@ -27,13 +28,13 @@ def best_vae(training: VaeTraining, work: Path) -> WanVAE:
 
     Raises: RuntimeError for a kept VAE of another size.
     """
-    vae, trained = new_vae(training), work / VAE_FILE
-    if trained.is_file():
-        vae.load_state_dict(_averages(trained))
+    vae = new_vae(training)
+    if (work / FLOW_FILE).is_file():
+        vae.load_state_dict(_averages(work / FLOW_FILE, "vae_average"))
+    elif (work / VAE_FILE).is_file():
+        vae.load_state_dict(_averages(work / VAE_FILE, "average"))
     else:
         vae.load_state_dict({name: value.float() for name, value in load_file(_KEPT_FILE).items()})
-    if (work / DECODER_FILE).is_file():
-        vae.load_state_dict(_averages(work / DECODER_FILE), strict=False)
     return vae.eval()
 
 
@@ -45,6 +46,6 @@ def kept_statistics(work: Path) -> tuple[Tensor, Tensor] | None:
     return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
 
 
-def _averages(file: Path) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["parts"]["average"]["values"]
+def _averages(file: Path, part: str) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["parts"][part]["values"]
     return values

@@ -22,23 +22,12 @@ class VaeTraining:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderTraining:
-    """How the VAE's decoder is trained once the transformer is: mostly on windows of `window` x `window` pixels out of
-    `batch` pictures, in every third step on a whole one."""
-
-    steps: int
-    batch: int
-    window: int
-    learning_rate: float = 5e-4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FlowTraining:
-    """How the transformer and the text encoder are trained.
+    """How the text encoder, the transformer and the VAE's decoder are trained.
 
     word_steps: the first steps, in which the text encoder alone learns what captions say.
     batch: examples of each pyramid stage in a step, coarse to fine. num_clips: encoded once, before the first step.
-    two_share: of clips with two things.
+    two_share: of clips with two things. num_windows: of pictures that are decoded and looked at in a step.
     """
 
     num_heads: int
@@ -50,6 +39,7 @@ class FlowTraining:
     batch: tuple[int, int, int]
     num_clips: int
     two_share: float
+    num_windows: int
     learning_rate: float = 2e-3
 
 
@@ -59,7 +49,6 @@ class Preset:
 
     vae: VaeTraining
     flow: FlowTraining
-    decoder: DecoderTraining
 
 
 _CPU = Preset(
@@ -74,15 +63,14 @@ _CPU = Preset(
         batch=(64, 32, 16),
         num_clips=1600,
         two_share=0.0,
+        num_windows=6,
     ),
-    decoder=DecoderTraining(steps=2000, batch=4, window=48),
 )
 PRESETS: dict[str, Preset] = {
     "cpu": _CPU,
     "gpu": Preset(
         vae=replace(_CPU.vae, batch=64, pictures=8),
-        flow=replace(_CPU.flow, batch=(128, 96, 64), num_clips=2500),
-        decoder=replace(_CPU.decoder, batch=32),
+        flow=replace(_CPU.flow, batch=(128, 96, 64), num_clips=2500, num_windows=32),
     ),
 }
 """The same sizes; on a GPU from more examples."""

@@ -1,4 +1,6 @@
-"""Trains the transformer and the text encoder: `python -m tools.tiny_checkpoint.train_flow --work build/tiny`.
+"""Trains the text encoder, the transformer and, with it, the VAE's decoder:
+
+    python -m tools.tiny_checkpoint.train_flow --work build/tiny
 
 Runs on after an interruption. Knows the losses and the optimisers; knows no file of a checkpoint.
 """
@@ -24,13 +26,16 @@ from helios_serve.model_executor.model_config import SchedulerConfig, Transforme
 from helios_serve.model_executor.sampling.schedule import ChunkSchedule
 from helios_serve.model_executor.tiny_checkpoint import write_tiny_checkpoint
 from helios_serve.model_executor.transformer import HeliosTransformer
+from helios_serve.model_executor.vae import WanVAE
 from tools.tiny_checkpoint.batched_flow import Prediction, TextBatch, batched_flow, token_grid
 from tools.tiny_checkpoint.captions import VALUES
 from tools.tiny_checkpoint.initial_weights import new_transformer
-from tools.tiny_checkpoint.latents import ClipStore, load_clips
+from tools.tiny_checkpoint.kept_vae import FLOW_FILE, best_vae
+from tools.tiny_checkpoint.latents import LATENTS_FILE, ClipStore, load_clips, load_statistics
+from tools.tiny_checkpoint.pictures import PictureLoss
 from tools.tiny_checkpoint.plans import Plan, Planner
-from tools.tiny_checkpoint.presets import FlowTraining, text_encoder_json, transformer_json
-from tools.tiny_checkpoint.progress import Average, Progress, Run, options, reduced_precision
+from tools.tiny_checkpoint.presets import FlowTraining, Preset, text_encoder_json, transformer_json
+from tools.tiny_checkpoint.progress import Average, Progress, Run, Stateful, options, reduced_precision
 from tools.tiny_checkpoint.stages import (
     NUM_STAGES,
     StageBatch,
@@ -46,12 +51,16 @@ from tools.tiny_checkpoint.team import ALONE, Team, run_team
 from tools.tiny_checkpoint.vocabulary import Vocabulary
 from tools.tiny_checkpoint.world import HEIGHT, MAX_THINGS, WIDTH
 
-FLOW_FILE = "flow.pt"
 _WARMUP_STEPS = 100
 _PLANNING_PROCESSES = 12
 _ROLL_OUT_FROM, _ROLL_OUT_EVERY = 0.5, 2
 """Share of the training after which later stages begin, in every second step, from the transformer's own work, errors
-and all; a transformer that is trained further begins with that at once, in every step."""
+and all, and pictures are looked at; a transformer that is trained further begins with both at once."""
+_PICTURE_WEIGHT = 2.0
+_DECODER_RATE = 7e-4
+_FURTHER_RATE, _FURTHER_BATCH, _FURTHER_WINDOWS = 0.35, (0.25, 0.5, 2.0), 2
+"""Of a transformer that is trained further, over those of a new one: the learning rate, as that of a new one would undo
+much of it first, the examples of each stage, as the last one learns longest, and the windows that are looked at."""
 _NOT_A_WORD = -100
 _VAE_CELL = 8
 
@@ -118,21 +127,27 @@ class Lesson:
         self._clean = store.chunks(plan.clip, plan.chunk)
         self._past = draw_past(store, plan, generator)
 
-    def losses(self, stage: int, text: TextBatch, *, rolls_out: bool) -> dict[str, Tensor]:
-        """Mean squared error of the flow, and what the tokens half way miss, by name; with `rolls_out` the
-        later stages begin from what the transformer itself made of those before, and what it makes in the last one is
-        kept for the chunks that follow."""
+    def losses(
+        self, stage: int, text: TextBatch, *, rolls_out: bool, is_reader_new: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Mean squared error of the flow, and what the tokens half way miss, by name, and where the flow ends,
+        [B, C, 9, h, w]; with `rolls_out` the later stages begin from what the transformer itself made of those before,
+        and what it makes in the last one is kept for the chunks that follow. A new reader of the tokens half way learns
+        alone: its first errors would undo what the transformer knows."""
         batch = self._batch(stage, self.plan, text, rolls_out=rolls_out)
         predicted = self._predict(batch.x, self.plan.timestep, text)
+        flow = predicted.flow.float()
+        end = batch.x - self.plan.sigma.view(-1, 1, 1, 1, 1) * flow
         if rolls_out and stage == NUM_STAGES - 1:
-            end = batch.x - self.plan.sigma.view(-1, 1, 1, 1, 1) * predicted.flow.detach().float()
             is_one_step = self.plan.sigma == self._schedule.stages[stage].sigmas[0]
-            self._store.keep(self.plan.clip, self.plan.chunk, end, is_one_step)
+            self._store.keep(self.plan.clip, self.plan.chunk, end.detach(), is_one_step)
         grid = token_grid(self._model.transformer, batch.x)
-        return {
-            "stage": (predicted.flow.float() - batch.flow).square().mean(),
-            "middle": self._model.middle_reader.loss(predicted.middle, self.plan, grid),
+        middle = predicted.middle.detach() if is_reader_new else predicted.middle
+        losses = {
+            "stage": (flow - batch.flow).square().mean(),
+            "middle": self._model.middle_reader.loss(middle, self.plan, grid),
         }
+        return losses, end
 
     def _batch(self, stage: int, plan: Plan, text: TextBatch, *, rolls_out: bool) -> StageBatch:
         if stage == 0:
@@ -163,32 +178,38 @@ class Lesson:
 
 def main() -> None:
     """The command."""
-    told = options("Trains the transformer and the text encoder of the small checkpoint.")
-    train_flow(told.preset.flow, told.run)
+    told = options("Trains the text encoder, the transformer and the decoder of the small checkpoint.")
+    train_flow(told.preset, told.run)
 
 
-def train_flow(training: FlowTraining, run: Run) -> None:
-    """Trains on the encoded clips up to `training.steps`, or for as long as `run` allows. What the transformer made for
-    histories is not kept over an interruption: they are the clips' own again until it makes them anew."""
+def train_flow(preset: Preset, run: Run) -> None:
+    """Trains on the encoded clips up to `preset.flow.steps`, or for as long as `run` allows. What the transformer made
+    for histories is not kept over an interruption: they are the clips' own again until it makes them anew."""
     if run.num_processes == 1:
-        _train(training, run, ALONE)
+        _train(preset, run, ALONE)
     else:
-        run_team(run.num_processes, partial(_train, training, run))
+        run_team(run.num_processes, partial(_train, preset, run))
 
 
-def _train(training: FlowTraining, run: Run, team: Team) -> None:
+def _train(preset: Preset, run: Run, team: Team) -> None:
+    training = preset.flow
     store = load_clips(run.work, run.device)
     torch.manual_seed(run.seed)
     device = store.device
     model = FlowModel(training, Vocabulary.new())
     if run.begins_with is not None:
-        training = replace(training, word_steps=0)
+        training = _further(training)
         model.load_checkpoint(run.begins_with)
     model.to(device)
-    average = Average(model, decay=0.998)
-    optimizers = _optimizers(model, training)
+    pictures = PictureLoss(
+        best_vae(preset.vae, run.work), *load_statistics(run.work / LATENTS_FILE), training.num_windows // team.size
+    ).to(device)
+    averages = {"average": Average(model, decay=0.998), "vae_average": Average(pictures.vae, decay=0.998)}
+    optimizers = _optimizers(model, pictures.vae, training)
     samplers = schedules(distilled_scheduler(), stage_tokens(model.transformer))
-    progress = Progress(run, FLOW_FILE, training.steps, {"model": model, "average": average, **optimizers}, team)
+    parts: dict[str, Stateful] = {"model": model, "vae": pictures.vae, **averages, **optimizers}
+    trained = [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
+    progress = Progress(run, FLOW_FILE, training.steps, parts, team)
     batch = [count // team.size for count in training.batch]
     planner = Planner(store.clips, model.vocabulary, samplers, batch, f"{run.seed} {team.rank}")
     plans = DataLoader(
@@ -201,38 +222,51 @@ def _train(training: FlowTraining, run: Run, team: Team) -> None:
     for step, staged in zip(progress.steps(), plans, strict=False):
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate * _pace(step, training.word_steps, progress.share)
+                group["lr"] = group["initial_lr"] * _pace(step, training.word_steps, progress.share)
             optimizer.zero_grad(set_to_none=True)
         generator = torch.Generator(device).manual_seed((run.seed * 1_000_003 + step) * team.size + team.rank)
-        is_own_turn = progress.share > _ROLL_OUT_FROM and step % _ROLL_OUT_EVERY == 0
-        rolls_out = run.begins_with is not None or is_own_turn
+        is_late = run.begins_with is not None or progress.share > _ROLL_OUT_FROM
         losses: dict[str, Tensor] = {}
         for stage, plan in enumerate(plan.to(device) for plan in staged):
             if step < training.word_steps:
                 text = model.embed(plan.ids[:, 1], plan.lengths[:, 1])
-                parts = {"words": model.word_loss(text, plan.meanings)}
+                found = {"words": model.word_loss(text, plan.meanings)}
             else:
                 with torch.no_grad():
                     text = model.prompts(plan)
                 lesson = Lesson(model, store, plan, samplers[0], generator, is_compiled=run.is_compiled)
-                parts = lesson.losses(stage, text, rolls_out=rolls_out)
-            sum(parts.values(), start=torch.zeros((), device=device)).backward()
-            losses |= {f"{name}{stage}": loss for name, loss in parts.items()}
-        team.average_gradients(model.parameters())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                rolls_out = is_late and step % _ROLL_OUT_EVERY == 0
+                is_reader_new = run.begins_with is not None and step < _WARMUP_STEPS
+                found, end = lesson.losses(stage, text, rolls_out=rolls_out, is_reader_new=is_reader_new)
+                if is_late and stage == NUM_STAGES - 1:
+                    seen = pictures(store, plan, end, step, generator)
+                    found |= {name: _PICTURE_WEIGHT * loss for name, loss in seen.items()}
+            sum(found.values(), start=torch.zeros((), device=device)).backward()
+            losses |= {f"{name}{stage}": loss for name, loss in found.items()}
+        team.average_gradients(trained)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers.values():
             optimizer.step()
-        average.update(model)
+        averages["average"].update(model)
+        averages["vae_average"].update(pictures.vae)
         progress.record(step, losses)
 
 
-def usable_flow(training: FlowTraining, work: Path, begins_with: Path | None = None) -> FlowModel:
-    """The averaged weights of the training in `work`, which may still be going on; those of the checkpoint
-    `begins_with` where there is none."""
+def _further(training: FlowTraining) -> FlowTraining:
+    """How a transformer is trained further."""
+    first, middle, last = (int(share * count) for share, count in zip(_FURTHER_BATCH, training.batch, strict=True))
+    return replace(
+        training,
+        word_steps=0,
+        batch=(max(1, first), max(1, middle), last),
+        num_windows=_FURTHER_WINDOWS * training.num_windows,
+        learning_rate=_FURTHER_RATE * training.learning_rate,
+    )
+
+
+def usable_flow(training: FlowTraining, work: Path) -> FlowModel:
+    """The averaged weights of the training in `work`, which may still be going on."""
     model = FlowModel(training, Vocabulary.new())
-    if begins_with is not None and not (work / FLOW_FILE).is_file():
-        model.load_checkpoint(begins_with)
-        return model.eval()
     values = torch.load(work / FLOW_FILE, map_location="cpu", weights_only=True)["parts"]["average"]["values"]
     model.load_state_dict(values, strict=False)
     return model.eval()
@@ -252,16 +286,22 @@ def stage_tokens(transformer: HeliosTransformer) -> tuple[int, ...]:
     return tuple(9 * (rows >> halvings) * (columns >> halvings) for halvings in reversed(range(NUM_STAGES)))
 
 
-def _optimizers(model: FlowModel, training: FlowTraining) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for all else."""
+def _optimizers(model: FlowModel, vae: WanVAE, training: FlowTraining) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for all else, with a rate of its own for the decoder."""
     blocks = {id(p) for p in model.transformer.blocks.parameters() if p.dim() == 2}
     matrices = [p for p in model.parameters() if id(p) in blocks]
     others = [p for p in model.parameters() if id(p) not in blocks]
+    decoder = [p for p in vae.parameters() if p.requires_grad]
     rate = training.learning_rate
-    return {
+    optimizers: dict[str, torch.optim.Optimizer] = {
         "muon": torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         "adamw": torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, foreach=True),
+        "decoder": torch.optim.AdamW(decoder, lr=_DECODER_RATE, betas=(0.9, 0.99), weight_decay=1e-4),
     }
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
 
 
 def _pace(step: int, word_steps: int, share: float) -> float:
