@@ -76,7 +76,7 @@ def _take(server: Server, context: BrowserContext, folder: Path) -> None:
             page.goto(url)
             page.wait_for_timeout(500)
             _shoot(page, folder / f"playground-{width}-{theme}-idle.png")
-            visit.generate(_PROMPT, 11, size=None)
+            visit.generate(_PROMPT, 22, size=None)
             page.wait_for_selector('[data-seen="true"]')
             page.fill("#change-prompt", _CHANGES[0])
             page.click("#change button")
