@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -244,8 +245,11 @@ def test_ctrl_c_ends_without_a_traceback_or_half_a_file(tiny_distilled: Path, tm
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=90)
+        for limit_s in (15, 90):  # once more if the first was lost, which was seen once
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                _, err = process.communicate(timeout=limit_s)
+                break
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
