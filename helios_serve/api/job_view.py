@@ -156,12 +156,12 @@ class JobViews:
 
         Raises: DataLossError when those of one are damaged.
         """
-        request, of_key = await self._request(row), {chunk.seg_blob: chunk.idx for chunk in reversed(chunks)}
+        request = await self._request(row)
         try:
             media = await self._stores.blobs.get_all([chunk.seg_blob for chunk in chunks if chunk.seg_blob is not None])
             init = await self._init(row)
         except BlobMissingError as error:
-            index = of_key.get(error.key, chunks[0].idx)
+            index = next((chunk for chunk in chunks if chunk.seg_blob == error.key), chunks[0]).idx
             await self._stores.leases.lose_data(row.id, f"video {row.id}: segment {index} is damaged")
             raise DataLossError(f"video {row.id}: segment {index} is damaged") from error
         return [

@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 
 
-def new_digest() -> hashlib.blake2b:
-    """Of content that comes in pieces."""
-    return hashlib.blake2b(digest_size=16)
+def new_digest(data: bytes = b"") -> hashlib.blake2b:
+    """Of content that begins with `data`."""
+    return hashlib.blake2b(data, digest_size=16)
 
 
 def key_of_digest(digest: str) -> str:
@@ -18,7 +18,7 @@ def key_of_digest(digest: str) -> str:
 
 def key_of(data: bytes) -> str:
     """The key of a blob with this content."""
-    return key_of_digest(hashlib.blake2b(data, digest_size=16).hexdigest())
+    return key_of_digest(new_digest(data).hexdigest())
 
 
 def key_of_file(path: Path) -> str:

@@ -27,7 +27,7 @@ _CELL = 8
 _WINDOW = 6
 """Cells of a window's side."""
 _FIRST_FRAME_WEIGHT = 4.0
-"""The first frame has a latent frame for itself, which is seen as four are, and looks dull when it is one of 33."""
+"""Of its errors in the loss: the first frame alone has a latent frame to itself, and came out dull as one of 33."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

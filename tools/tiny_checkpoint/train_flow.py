@@ -56,8 +56,8 @@ _PLANNING_PROCESSES = 12
 _ROLL_OUT_FROM, _ROLL_OUT_EVERY = 0.5, 2
 """Share of the training after which later stages begin, in every second step, from the transformer's own work, errors
 and all, and pictures are looked at; a transformer that is trained further begins with both at once."""
-_PICTURE_WEIGHT = 2.0
-_DECODER_RATE = 7e-4
+_PICTURE_WEIGHT, _DECODER_RATE = 2.0, 7e-4
+"""Of what pictures miss in the loss, and how fast the decoder learns, whoever makes its latents."""
 _FURTHER_RATE, _FURTHER_BATCH, _FURTHER_WINDOWS = 0.35, (0.25, 0.5, 2.0), 2
 """Of a transformer that is trained further, over those of a new one: the learning rate, as that of a new one would undo
 much of it first, the examples of each stage, as the last one learns longest, and the windows that are looked at."""
