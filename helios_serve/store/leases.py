@@ -225,7 +225,7 @@ def _notices(connection: sa.Connection, held: Collection[Lease]) -> list[Notice]
 
 def _release(connection: sa.Connection, leases: tuple[Lease, ...]) -> None:
     for lease in leases:
-        given = sa.update(job).where(fence(lease)).values(owner=None, lease_until=None)
+        given = sa.update(job).where(fence(lease)).values(owner=None, lease_until=None, is_pause_requested=False)
         connection.execute(given.values(state=sa.case((job.c.is_pause_requested, "paused"), else_=job.c.state)))
     _undispatched(connection, leases)
 
