@@ -5,7 +5,6 @@ Data only: no torch, no numpy, no I/O. All are frozen; derived values are proper
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,7 +104,7 @@ class SamplingParams:
 
     @property
     def num_chunks(self) -> int:
-        return max(1, math.ceil(self.num_frames / FRAMES_PER_CHUNK))
+        return max(1, -(-self.num_frames // FRAMES_PER_CHUNK))
 
     @property
     def num_stages(self) -> int:
@@ -151,9 +150,12 @@ class SamplingParams:
 
     def steps_from(self, first: int) -> int:
         """Steps of chunk `first` and all after it."""
-        num_left, starts = max(0, self.num_chunks - first), {0, *(restart.chunk for restart in self.restarts)}
-        num_doubled = sum(first <= chunk < self.num_chunks for chunk in starts) if self.amplify_first_chunk else 0
-        return sum(self.steps) * (num_left + num_doubled)
+        num_chunks = self.num_chunks
+        num_made = max(0, num_chunks - first)
+        if self.amplify_first_chunk:
+            starts = {0, *(restart.chunk for restart in self.restarts)}
+            num_made += sum(first <= chunk < num_chunks for chunk in starts)
+        return sum(self.steps) * num_made
 
     @property
     def total_steps(self) -> int:

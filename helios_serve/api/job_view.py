@@ -267,9 +267,10 @@ def _progress(state: State, standing: records.Standing, num_chunks: int, live: L
     if state in ("completed", "expired"):
         return 100
     share = standing.job.next_chunk / max(1, num_chunks)
-    if live is not None and live.total_steps > 0:
+    num_steps = 0 if live is None else live.total_steps
+    if live is not None and num_steps > 0:
         done = live.first_chunk / max(1, num_chunks)
-        share = max(share, done + (1 - done) * live.steps_done / live.total_steps)
+        share = max(share, done + (1 - done) * live.steps_done / num_steps)
     return min(99, int(100 * share))
 
 

@@ -196,9 +196,10 @@ class AsyncEngine:
 
     def committed(self, request_id: str, chunk: int) -> None:
         """The latents of `chunk` and all before it are kept."""
-        self._engine.committed(request_id, chunk, time.monotonic())
+        has_turned = self._engine.committed(request_id, chunk, time.monotonic())
         self._changed.set()
-        self._plan_wake()
+        if has_turned:
+            self._plan_wake()
 
     def change_prompt(self, request_id: str, prompt: str, transition_chunks: int) -> int:
         """Switches a running request to another prompt; returns the chunk that begins to use it.

@@ -173,15 +173,19 @@ class Engine:
         self._runs.complete(run, now)
         self.turn(now)
 
-    def committed(self, request_id: str, chunk: int, now: float) -> None:
-        """The keeper has the latents of `chunk` and all before it."""
+    def committed(self, request_id: str, chunk: int, now: float) -> bool:
+        """The keeper has the latents of `chunk` and all before it. Whether that ended the request or lets it go on."""
         run = self._runs.get(request_id)
-        if run is not None:
-            run.num_committed = chunk + 1
-            self._executor.drop(run.spent_refs())
-            self._runs.hold(run, self._runs.vae_queue_is_long)
-            self._runs.complete(run, now)
+        if run is None:
+            return False
+        run.num_committed, was_held = chunk + 1, run.state.is_held
+        self._executor.drop(run.spent_refs())
+        self._runs.hold(run, self._runs.vae_queue_is_long)
+        self._runs.complete(run, now)
+        if run.is_over or run.state.is_held != was_held:
             self.turn(now)
+            return True
+        return False
 
     def change_prompt(self, request_id: str, prompt: str, transition_chunks: int, now: float) -> int:
         """Switches a running request to another prompt; returns the chunk that begins to use it, which waits for the

@@ -103,11 +103,14 @@ def plan(
     Call it on arrival, task end, park, group up or lost, segment published, and at `next_wake`. `jobs` holds every
     unfinished request in order of arrival, `groups` every DiT group.
     """
-    idle = sorted((group for group in groups if group.is_idle), key=lambda group: group.order)
     num_healthy = sum(group.is_healthy for group in groups)
     balance = credit.refill(now, num_healthy)
-    if num_healthy == 0:
+    if num_healthy == 0 or not any(job.waits_for_group for job in jobs):
         return []
+    idle = sorted((group for group in groups if group.is_idle), key=lambda group: group.order)
+    has_room = cfg.batching != "off" and any(len(group.jobs) < cfg.max_pack and group.is_open for group in groups)
+    if not idle and not has_room and not any(job.live for job in jobs):
+        return []  # offline jobs make no room
     ready = _collect(now, jobs, model, cfg, balance)
     ready.triage(cfg.triage * num_healthy)
     desk = Desk(now=now, model=model, cfg=cfg, credit=credit)

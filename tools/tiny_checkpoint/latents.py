@@ -60,14 +60,16 @@ class ClipStore:
 
     def past(self, clip: Tensor, chunk: Tensor, has_image: Tensor, is_made: Tensor) -> tuple[Tensor, Tensor]:
         """The pinned frame [B, C, 1, h, w] and the 19 frames [B, C, 19, h, w] before a chunk, zeros for what there is
-        not; where `has_image`, of a chunk 0 that follows an image of the clip's first frame; where `is_made`, of what
-        the transformer made."""
+        not; where `has_image`, of a video that follows an image of the clip's first frame; where `is_made`, of what the
+        transformer made."""
         frames = self._frames(clip, LATENT_FRAMES_PER_CHUNK * chunk, _NUM_HISTORY, is_made)
-        image = has_image[:, None, None, None]
-        frames[:, :, -1] = torch.where(image, self._stills[clip].float(), frames[:, :, -1])
+        places = torch.arange(_NUM_HISTORY, device=chunk.device)
+        is_still = has_image[:, None] & (places == _NUM_HISTORY - 1 - LATENT_FRAMES_PER_CHUNK * chunk[:, None])
+        frames = torch.where(is_still[:, None, :, None, None], self._stills[clip][:, :, None].float(), frames)
         # the VAE encodes the first frame of a chunk as it encodes an image
-        first = self._frames(clip, torch.full_like(chunk, _NUM_HISTORY), 1, is_made)
-        return torch.where(image[:, None] | (chunk > 0).view(-1, 1, 1, 1, 1), first, 0.0), frames
+        clean, made = (self._frames(clip, torch.full_like(chunk, _NUM_HISTORY), 1, one) for one in (None, is_made))
+        first = torch.where(has_image.view(-1, 1, 1, 1, 1), clean, made)
+        return torch.where((has_image | (chunk > 0)).view(-1, 1, 1, 1, 1), first, 0.0), frames
 
     def _frames(self, clip: Tensor, start: Tensor, count: int, is_made: Tensor | None = None) -> Tensor:
         row, index = clip[:, None], self._index(start, count)

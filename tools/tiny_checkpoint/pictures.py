@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from helios_serve.model_executor.vae import WanVAE
@@ -28,12 +29,15 @@ _WINDOW = 6
 """Cells of a window's side."""
 _FIRST_FRAME_WEIGHT = 4.0
 """Of its errors in the loss: the first frame alone has a latent frame to itself, and came out dull as one of 33."""
+_OUTLINE_WEIGHT, _OUTLINE_REACH, _MIN_STEP = 4.0, 2, 0.3
+"""Of errors near an outline, how many pixels near is, and which difference of colours is an outline: a shape's corners
+are few pixels, and alone tell it from another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictures:
-    """What a step decodes: latents [B, C, T, h, w], the frames [B, 3, F, H, W] they stand for in [-1, 1], and which of
-    their pixels count, [B, 1, 1, H, W], 0 or 1."""
+    """What a step decodes: latents [B, C, T, h, w], the frames [B, 3, F, H, W] they stand for in [-1, 1], and how much
+    their pixels count, [B, 1, F, H, W]."""
 
     latents: Tensor
     frames: Tensor
@@ -74,14 +78,20 @@ class PictureLoss(nn.Module):
             decoded = decode(self.vae, pictures.latents * self.std + self.mean).float()
         error = ((decoded - pictures.frames) * pictures.counts).abs()
         error[:, :, 0] *= _FIRST_FRAME_WEIGHT
-        num_values = pictures.counts.sum() * decoded.shape[1] * decoded.shape[2]
-        return {"whole" if is_whole else "window": error.sum() / num_values}
+        return {"whole" if is_whole else "window": error.sum() / (pictures.counts.sum() * decoded.shape[1])}
 
 
 def _pictures(store: ClipStore, plan: Plan, latents: Tensor) -> Pictures:
     shown = zip(plan.clip.tolist(), plan.chunk.tolist(), strict=True)
     frames = torch.cat([render_chunks([store.clips[clip]], chunk, device=latents.device) for clip, chunk in shown])
-    return Pictures(latents=latents, frames=frames, counts=torch.ones_like(frames[:, :1, :1]))
+    return Pictures(latents=latents, frames=frames, counts=1 + (_OUTLINE_WEIGHT - 1) * _outlines(frames))
+
+
+def _outlines(frames: Tensor) -> Tensor:
+    """1 where the colours around a pixel of [B, 3, F, H, W] differ, else 0: [B, 1, F, H, W]."""
+    size, padding = (1, 2 * _OUTLINE_REACH + 1, 2 * _OUTLINE_REACH + 1), (0, _OUTLINE_REACH, _OUTLINE_REACH)
+    highest, lowest = (F.max_pool3d(x, size, stride=1, padding=padding) for x in (frames, -frames))
+    return (highest + lowest).amax(1, keepdim=True).gt(_MIN_STEP).to(frames.dtype)
 
 
 def _windows(whole: Pictures, plan: Plan, generator: torch.Generator) -> Pictures:
@@ -104,5 +114,5 @@ def _windows(whole: Pictures, plan: Plan, generator: torch.Generator) -> Picture
         inner_rows = slice(_CELL * (top + (top > 0)), _CELL * (top + size - (top + size < height)))
         inner_columns = slice(_CELL * (left + (left > 0)), _CELL * (left + size - (left + size < width)))
         is_inner[..., inner_rows, inner_columns] = 1
-        counts.append(is_inner[..., pixel_rows, pixel_columns])
+        counts.append((whole.counts[row] * is_inner)[..., pixel_rows, pixel_columns])
     return Pictures(latents=torch.stack(latents), frames=torch.stack(frames), counts=torch.stack(counts))

@@ -27,8 +27,8 @@ _AT_CHANGE_SHARE, _FADE_SHARE = 0.35, 0.5
 """How often a later chunk is the first of a changed scene, if there is one, and how often the prompt fades in there."""
 _MADE_SHARE = 0.5
 """How often a later chunk follows what the transformer made, errors and all."""
-_OMIT_SHARE, _SAY_LITTLE_SHARE = 0.4, 0.35
-"""How often something that a caption may leave out is left out, and how often everything is."""
+_OMIT_SHARE, _SAY_LITTLE_SHARE, _SAY_MOTION_SHARE = 0.4, 0.25, 0.2
+"""How often something that a caption may leave out is left out, how often everything is, and how often all looks."""
 _CLEAN_SHARE, _MAX_CORRUPTION = 0.25, 0.3
 """Histories without noise, and the most noise that is blended into one of their frames. Requests add 0.111 to 0.135 to
 images and videos; more teaches the transformer not to hand its own errors on."""
@@ -41,8 +41,8 @@ _MOTION = frozenset(("direction", "speed"))
 class Plan:
     """A batch of examples, before any latents are looked at.
 
-    clip, chunk: [B] int64. has_image: [B] whether chunk 0 follows an image. is_made: [B] whether the history is what
-    the transformer made. corruption: [B], the most noise in a frame of the history.
+    clip, chunk: [B] int64. has_image: [B] whether the video follows an image of its first frame. is_made: [B] whether
+    the history is what the transformer made. corruption: [B], the most noise in a frame of the history.
     ids, lengths: captions as canonical ids [B, 2, L] and their numbers [B, 2], of the chunk before where the prompt
     fades and of this one. share: [B], how far it has faded to this one, at least half.
     meanings: [B, A], what a caption says of each attribute of each thing (see `meaning`). angles: [B, 2 S], x and y of
@@ -161,12 +161,13 @@ class _Kind:
 
 def _draw_kind(rng: random.Random, clips: Sequence[Clip]) -> _Kind:
     clip, is_first = rng.randrange(len(clips)), rng.random() < _FIRST_CHUNK_SHARE
+    has_image = rng.random() < _IMAGE_SHARE
     change = clips[clip].change
     if is_first:
-        return _Kind(clip=clip, chunk=0, has_image=rng.random() < _IMAGE_SHARE, is_change=False)
+        return _Kind(clip=clip, chunk=0, has_image=has_image, is_change=False)
     is_uniform = change is None or rng.random() >= _AT_CHANGE_SHARE
     chunk = rng.randrange(1, CHUNKS_PER_CLIP) if is_uniform else change
-    return _Kind(clip=clip, chunk=chunk, has_image=False, is_change=chunk == change)
+    return _Kind(clip=clip, chunk=chunk, has_image=has_image, is_change=chunk == change)
 
 
 def _angles(clip: Clip, kind: _Kind) -> list[float]:
@@ -198,8 +199,12 @@ def _draw_omitted(clip: Clip, kind: _Kind, rng: random.Random) -> frozenset[str]
     if kind.chunk > 0:
         known = ATTRIBUTES - _differences(clip.scenes[kind.chunk - 1], scene)
     optional = known | {name for name, value in DEFAULTS.items() if scene.attributes[name] == value}
-    share = 1.0 if rng.random() < _SAY_LITTLE_SHARE else _OMIT_SHARE
-    return frozenset(name for name in sorted(optional) if rng.random() < share)
+    drawn = rng.random()
+    if drawn < _SAY_LITTLE_SHARE:
+        return optional
+    if drawn < _SAY_LITTLE_SHARE + _SAY_MOTION_SHARE:
+        return optional - _MOTION
+    return frozenset(name for name in sorted(optional) if rng.random() < _OMIT_SHARE)
 
 
 def _differences(old: Scene, new: Scene) -> frozenset[str]:
