@@ -20,6 +20,7 @@ from helios_serve.errors import CheckpointError
 from helios_serve.model_executor.checkpoint import Load, load_module, read_json
 from helios_serve.model_executor.model_config import TEXT_ENCODER_FILE
 from helios_serve.model_executor.offload import offload_sequence
+from helios_serve.model_executor.umt5 import encode_tokens, is_supported
 from helios_serve.types import MAX_TEXT_TOKENS
 
 _WHITESPACE = re.compile(r"\s+")
@@ -44,6 +45,7 @@ class TextEncoder:
         self._model = model
         self._tokenizer = tokenizer
         self._device = model.device
+        self._runs_lean = self._device.type != "cpu" and is_supported(model.config)
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype, load: Load = load_module) -> TextEncoder:
@@ -62,6 +64,7 @@ class TextEncoder:
         offload_sequence([*stack.block], device)
         stack.final_layer_norm.to(device)
         self._device = device
+        self._runs_lean = False  # layers visit the device when the library calls them
 
     @property
     def text_dim(self) -> int:
@@ -90,16 +93,21 @@ class TextEncoder:
             raise CheckpointError(
                 f"tokenizer: made the id {max(ids)}; vocab_size of {TEXT_ENCODER_FILE} is {vocab_size}"
             )
-        num_run = max_tokens if self._device.type == "cpu" else len(ids)
+        num_run = max_tokens if self._device.type == "cpu" and not self._runs_lean else len(ids)
         table = self._model.shared.weight
         padded = torch.tensor(ids + [self._model.config.pad_token_id] * (num_run - len(ids)), device=table.device)
         tokens = F.embedding(padded, table).to(self._device)
-        mask = torch.arange(num_run, device=self._device) < len(ids)
-        output = self._model(inputs_embeds=tokens[None], attention_mask=mask[None].long())
-        hidden: Tensor = output.last_hidden_state[0]
+        hidden = encode_tokens(self._model, tokens) if self._runs_lean else self._encode_padded(tokens, len(ids))
         embeds = hidden.new_zeros((max_tokens, hidden.shape[-1]), dtype=self._model.dtype)
         embeds[: len(ids)] = hidden[: len(ids)]
         return embeds
+
+    def _encode_padded(self, tokens: Tensor, num_real: int) -> Tensor:
+        """The library's own hidden states [N, D] of embedded tokens [N, D], behind the first `num_real` of padding."""
+        mask = torch.arange(len(tokens), device=self._device) < num_real
+        output = self._model(inputs_embeds=tokens[None], attention_mask=mask[None].long())
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
 
 
 def _umt5_config(path: Path) -> UMT5Config:

@@ -89,6 +89,14 @@ def test_embeddings_equal_the_pipelines(pipeline: HeliosPipeline, encoder: TextE
         assert ours[:num_tokens].any(dim=-1).all()
 
 
+def test_a_gpus_way_gives_the_same_embeddings(encoder: TextEncoder, tiny_base: Path) -> None:
+    lean = TextEncoder.load(tiny_base, CPU, torch.float32)
+    assert not lean._runs_lean
+    lean._runs_lean = True
+    for prompt in ("", "a red fox", "cat " * 250, "dog " * 700):
+        torch.testing.assert_close(lean.encode(prompt), encoder.encode(prompt), atol=1e-6, rtol=1e-6)
+
+
 def test_an_empty_prompt_is_the_end_token(encoder: TextEncoder) -> None:
     assert encoder.token_ids("") == encoder.token_ids(" \u00a0\n") == [1]
 

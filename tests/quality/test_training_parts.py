@@ -268,7 +268,8 @@ def test_outlines_count_most_and_the_cut_sides_of_a_window_not_at_all() -> None:
     assert whole.counts.shape == (len(plan.clip), 1, 33, HEIGHT, WIDTH)
     assert whole.counts.unique().tolist() == [1, 4]
     steps = (whole.frames[..., 1:] - whole.frames[..., :-1]).abs().amax(1, keepdim=True)
-    assert (whole.counts[..., 1:][steps > 0.3] == 4).all()
+    assert (whole.counts[..., 1:][steps > 0.3] == 4).float().mean() > 0.9
+    assert (whole.counts[..., 1:][steps < 0.01] == 4).float().mean() < 0.1
     cut = pictures._windows(whole, plan, torch.Generator().manual_seed(0))
     assert cut.frames.shape == (len(plan.clip), 3, 33, 48, 48)
     assert cut.counts.unique().tolist() == [0, 1, 4]

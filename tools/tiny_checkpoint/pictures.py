@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from helios_serve.model_executor.vae import WanVAE
@@ -88,10 +87,15 @@ def _pictures(store: ClipStore, plan: Plan, latents: Tensor) -> Pictures:
 
 
 def _outlines(frames: Tensor) -> Tensor:
-    """1 where the colours around a pixel of [B, 3, F, H, W] differ, else 0: [B, 1, F, H, W]."""
-    size, padding = (1, 2 * _OUTLINE_REACH + 1, 2 * _OUTLINE_REACH + 1), (0, _OUTLINE_REACH, _OUTLINE_REACH)
-    highest, lowest = (F.max_pool3d(x, size, stride=1, padding=padding) for x in (frames, -frames))
-    return (highest + lowest).amax(1, keepdim=True).gt(_MIN_STEP).to(frames.dtype)
+    """1 where the colours on both sides of a pixel of [B, 3, F, H, W] differ, else 0: [B, 1, F, H, W]."""
+    reach, is_outline = _OUTLINE_REACH, torch.zeros_like(frames[:, :1], dtype=torch.bool)
+    is_outline[..., reach:-reach] |= _differ(frames[..., 2 * reach :], frames[..., : -2 * reach])
+    is_outline[..., reach:-reach, :] |= _differ(frames[..., 2 * reach :, :], frames[..., : -2 * reach, :])
+    return is_outline.to(frames.dtype)
+
+
+def _differ(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).abs().amax(1, keepdim=True) > _MIN_STEP
 
 
 def _windows(whole: Pictures, plan: Plan, generator: torch.Generator) -> Pictures:

@@ -6,6 +6,7 @@ On few cores that is faster than threads: most operations of a small model are t
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def run_team(size: int, work: Callable[[Team], None]) -> None:
 
 
 def _join(rank: int, size: int, store: Path, work: Callable[[Team], None]) -> None:
+    # PyTorch interrupts members whose parent has died; what a shell starts in the background would ignore that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     work(Team(rank=rank, size=size))
