@@ -129,9 +129,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="prompts a row")
     parser.add_argument("--long-count", type=int, default=3)
     told = parser.parse_args()
-    text = told.page.read_text(encoding="utf-8")
-    begin, end = text.index(_BEGIN), text.index(_END) + len(_END)
     table = render(told.count, told.long_count)
+    text = told.page.read_text(encoding="utf-8")  # only now: the table takes minutes
+    begin, end = text.index(_BEGIN), text.index(_END) + len(_END)
     told.page.write_text(text[:begin] + table + text[end:], encoding="utf-8")
 
 
