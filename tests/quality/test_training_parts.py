@@ -48,11 +48,11 @@ CPU = torch.device("cpu")
 RECORDED_LOSSES = {
     "vae": {"l1": 0.696217, "l2": 0.670787, "kl": 1.590363},
     "flow": {
-        "stage0": 1.214519,
-        "stage1": 0.700823,
-        "stage2": 0.843736,
-        "window2": 1.19438,
-        "whole2": 1.204791,
+        "stage0": 1.214518,
+        "stage1": 0.70082,
+        "stage2": 0.843743,
+        "window2": 1.187836,
+        "whole2": 1.199956,
         "words0": 1.712102,
     },
 }
