@@ -17,7 +17,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"chunk/device_waits/(\d)-(\d)-(\d)", r"chunk [\1,\2,\3]: waits for the GPU"),
     (r"chunk/gain/(\d)-(\d)-(\d)/x(\d)", r"frames per second, steps [\1,\2,\3]: of \4 streams together over one"),
     (r"text/encode_ms/(\d+)_tokens", r"text encoder, prompt of \1 tokens"),
-    (r"text/library_encode_ms/(\d+)_tokens", r"the same by transformers, prompt of \1 tokens"),
+    (r"text/library_encode_ms/(\d+)_tokens", r"text encoder by transformers, prompt of \1 tokens"),
     (r"dit/forward_ms/stage(\d)", r"forward, stage \1"),
     (r"dit/forward_kernel_ms/stage(\d)", r"forward, stage \1: its kernels"),
     (r"dit/graphs/forward_ms/stage(\d)", r"forward in a row of four, stage \1, by a CUDA graph"),

@@ -91,6 +91,19 @@ def test_crashes_lose_nothing_and_change_nothing(seed: int, make: Callable[..., 
     world.check_nothing_is_held()
 
 
+def test_a_commit_that_lets_a_request_go_on_starts_its_next_chunk() -> None:
+    world = ready(World())
+    world.keep(video("one", num_chunks=20))
+    world.committing_at = 300.0
+    world.run_for(200.0)
+    run = world.engine._runs.get("one")
+    assert run is not None
+    assert run.is_held_by("store")
+    assert world.engine.committed("one", 0, world.now)
+    assert run.state.group_id is not None
+    assert not world.engine.committed("one", 1, world.now)
+
+
 def test_resuming_with_a_hole_in_the_segments() -> None:
     """Chunk 1 has no segment yet while chunk 2 has: only chunk 1 is decoded, and nothing is published twice."""
     world = ready(World())

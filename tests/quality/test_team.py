@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 from tools.tiny_checkpoint.team import ALONE, Team, run_team
@@ -31,3 +38,41 @@ def test_gradients_are_averaged_and_decisions_are_the_first_process_s(tmp_path: 
 def test_one_process_alone_needs_no_group(tmp_path: Path) -> None:
     _work(tmp_path, ALONE)
     assert json.loads((tmp_path / "0.json").read_text(encoding="utf-8"))["gradient"] == DEVIATIONS[0]
+
+
+def _sleep(folder: Path, team: Team) -> None:
+    (folder / f"{team.rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
+    time.sleep(120)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_members_end_with_a_parent_that_a_shell_started_in_the_background(tmp_path: Path) -> None:
+    """Such a parent, and so its members, begins with interrupts ignored."""
+    code = f"from tests.quality import test_team as t; t.run_team(2, t.partial(t._sleep, t.Path({str(tmp_path)!r})))"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {code}"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    files = [tmp_path / f"{rank}.pid" for rank in range(2)]
+    _wait_until(lambda: all(file.is_file() and file.read_text() for file in files), limit_s=40)
+    parent.kill()
+    parent.wait()
+    try:
+        _wait_until(lambda: not any(_is_alive(int(file.read_text())) for file in files), limit_s=20)
+    finally:
+        for file in files:
+            if _is_alive(int(file.read_text())):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def _wait_until(is_so: Callable[[], bool], limit_s: float) -> None:
+    end = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
