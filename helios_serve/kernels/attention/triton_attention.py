@@ -182,7 +182,7 @@ def _attend_to_block(
     weights = tl.exp2(logits - origin[:, None])
     decay = tl.exp2(peak - origin)
     total = total * decay + tl.sum(weights, 1)
-    out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
+    out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision="ieee", out_dtype=out.dtype)
     return new_peak, total, out
 
 
