@@ -137,6 +137,8 @@ class SamplingParams:
 
     def start_of(self, chunk: int) -> int:
         """The chunk that begins the history which `chunk` sees."""
+        if not self.restarts:
+            return 0
         return max((restart.chunk for restart in self.restarts if restart.chunk <= chunk), default=0)
 
     def seed_at(self, chunk: int) -> int | None:
@@ -145,8 +147,9 @@ class SamplingParams:
 
     def steps_in(self, chunk: int) -> tuple[int, ...]:
         """Steps per stage of `chunk`; an amplified first chunk takes twice as many."""
-        factor = 2 if self.amplify_first_chunk and chunk == self.start_of(chunk) else 1
-        return tuple(factor * n for n in self.steps)
+        if self.amplify_first_chunk and chunk == self.start_of(chunk):
+            return tuple(2 * n for n in self.steps)
+        return self.steps
 
     def steps_from(self, first: int) -> int:
         """Steps of chunk `first` and all after it."""

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from functools import cache, partial
+from functools import partial
 from typing import TypeVar
 
 from helios_serve.api.engine_protocol import Engine
@@ -65,8 +65,10 @@ class JobKeeper:
             pinned_chunk=live.request.pinned_chunk(chunk + 1) if live.request.params.restarts else None,
             stats=live.stats.to_json(),
         )
-        keep, read = self._stores.chunks.keep_latents, cache(partial(self._read, event.record.latents))
-        if not await patiently(lambda: keep(live.lease, read, lambda blob: commit(latents=blob))):
+        keep, latents = self._stores.chunks.keep_latents, event.record.latents
+        if not await patiently(
+            lambda: keep(live.lease, lambda: self._read(latents), lambda blob: commit(latents=blob))
+        ):
             raise FencedError
         self._engine.committed(live.id, chunk)
         self._metrics.phase("store", time.monotonic() - started_s)

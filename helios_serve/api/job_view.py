@@ -84,9 +84,9 @@ class JobViews:
         self._segments.forget(standing.job.id)
         return await self._view(standing)
 
-    async def progress(self, standing: records.Standing) -> JobProgress:
-        """Where a job stands, made once for each of its steps."""
-        row, mark = standing.job, (standing, self.step(standing))
+    async def progress(self, standing: records.Standing, step: object) -> JobProgress:
+        """Where a job stands, made once for each `step`."""
+        row, mark = standing.job, (standing, step)
         made = self._shown.kept(row.tenant, row.id, mark=mark, max_age_s=LIVE_AGE_S)
         if made is None:
             made = await self._progress(standing)
@@ -141,8 +141,8 @@ class JobViews:
         self._standings.put(row.tenant, row.id, standing, mark=_mark(live))
         if not live.is_watched:
             return
-        made_ms = live.stats.generated_ms
-        shown = _shown(live.request, segment.chunk, segment.init, segment.media, segment.num_frames, made_ms)
+        index, made_ms = segment.chunk, live.stats.generated_ms
+        shown = _shown(live.request, row, index, segment.init, segment.media, segment.num_frames, made_ms)
         self._segments.add(row.id, shown)
 
     # Bytes.
@@ -165,10 +165,7 @@ class JobViews:
             await self._stores.leases.lose_data(row.id, f"video {row.id}: segment {index} is damaged")
             raise DataLossError(f"video {row.id}: segment {index} is damaged") from error
         return [
-            replace(
-                _shown(request, chunk.idx, init, data, chunk.seg_frames, stats_of(chunk.vae_stats).generated_ms),
-                is_last=chunk.idx + 1 == row.num_chunks,
-            )
+            _shown(request, row, chunk.idx, init, data, chunk.seg_frames, stats_of(chunk.vae_stats).generated_ms)
             for chunk, data in zip(chunks, media, strict=True)
         ]
 
@@ -245,9 +242,15 @@ def _mark(live: LiveJob) -> object:
 
 
 def _shown(
-    request: VideoRequest, index: int, init: bytes, media: bytes, num_frames: int, generated_ms: float | None
+    request: VideoRequest,
+    row: records.Job,
+    index: int,
+    init: bytes,
+    media: bytes,
+    num_frames: int,
+    generated_ms: float | None,
 ) -> JobSegment:
-    """A segment for viewers; whether it is the last one is not said."""
+    """A segment for viewers."""
     return JobSegment(
         index=index,
         init=init,
@@ -257,7 +260,7 @@ def _shown(
         fps=request.params.fps,
         prompt=request.prompt_at(index),
         prompt_weight=request.prompt_weight(index),
-        is_last=False,
+        is_last=index + 1 == row.num_chunks,
         generated_ms=round(generated_ms or 0),
     )
 

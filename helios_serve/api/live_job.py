@@ -75,8 +75,11 @@ class LiveJob:
     started_mono_s: float | None = None
     is_watched: bool = False
     """Whether somebody follows it, or did."""
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _stepped: asyncio.Event = field(default_factory=asyncio.Event)
+    _num_changes: int = 0
+    _num_steps: int = 0
+    """Steps and changes."""
+    _until_change: set[asyncio.Future[None]] = field(default_factory=set)
+    _until_step: set[asyncio.Future[None]] = field(default_factory=set)
 
     @property
     def id(self) -> str:
@@ -104,15 +107,41 @@ class LiveJob:
 
     def changed(self) -> None:
         """Wakes whoever watches the job."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._num_changes += 1
+        _wake(self._until_change)
         self.stepped()
 
     def stepped(self) -> None:
         """Wakes those who follow its steps."""
-        self._stepped.set()
-        self._stepped = asyncio.Event()
+        self._num_steps += 1
+        _wake(self._until_step)
 
-    def next_change(self, *, with_steps: bool = True) -> asyncio.Event:
-        """Set by the next change, of which a step is one only `with_steps`; taken before one looks, it misses none."""
-        return self._stepped if with_steps else self._changed
+    def version(self, *, with_steps: bool = True) -> int:
+        """What `next_change` asks for: taken before one looks, it misses none."""
+        return self._num_steps if with_steps else self._num_changes
+
+    async def next_change(self, version: int, *, with_steps: bool = True, limit_s: float | None = None) -> None:
+        """Returns when there is another version, at once if there is one already, or after `limit_s`. A step makes one
+        only `with_steps`."""
+        if self.version(with_steps=with_steps) != version:
+            return
+        loop, waiting = asyncio.get_running_loop(), self._until_step if with_steps else self._until_change
+        change: asyncio.Future[None] = loop.create_future()
+        timer = None if limit_s is None else loop.call_later(limit_s, _settle, change)
+        waiting.add(change)
+        try:
+            await change
+        finally:
+            waiting.discard(change)
+            if timer is not None:
+                timer.cancel()
+
+
+def _wake(waiting: set[asyncio.Future[None]]) -> None:
+    for change in waiting:
+        _settle(change)
+
+
+def _settle(change: asyncio.Future[None]) -> None:
+    if not change.done():
+        change.set_result(None)

@@ -40,7 +40,7 @@ class JobWatch:
             if live is None:
                 await asyncio.sleep(random.uniform(*POLL_S))
             while live is not None and not live.has_ended:
-                await live.next_change(with_steps=False).wait()
+                await live.next_change(live.version(with_steps=False), with_steps=False)
             job = await self._views.get_shared(tenant, job_id)
         return job
 
@@ -61,9 +61,9 @@ class JobWatch:
         following, shown, told_s = start, None, time.monotonic()
         while True:
             live = self._runner.live(job_id)
-            change = None
+            version = 0 if live is None else live.version(with_steps=with_steps)
             if live is not None:
-                live.is_watched, change = True, live.next_change(with_steps=with_steps)
+                live.is_watched = True
             standing = await self._views.standing(tenant, job_id)
             if following < standing.num_published:
                 yield await self._views.published(standing, following)
@@ -73,14 +73,14 @@ class JobWatch:
                 yield JobEnded(job=await self._views.ended(standing))
                 return
             self._check_open(live)
-            if with_steps and self._views.step(standing) != shown:
-                news = await self._views.progress(standing)
-                shown, told_s = self._views.step(standing), time.monotonic()
-                yield news
-            if change is None:
+            if with_steps and (step := self._views.step(standing)) != shown:
+                shown, told_s = step, time.monotonic()
+                yield await self._views.progress(standing, step)
+            if live is None:
                 await asyncio.sleep(random.uniform(*POLL_S))
             else:
-                await _wait(change, None if pause_s is None else told_s + pause_s - time.monotonic())
+                limit_s = None if pause_s is None else told_s + pause_s - time.monotonic()
+                await live.next_change(version, with_steps=with_steps, limit_s=limit_s)
             if pause_s is not None and time.monotonic() - told_s >= pause_s:
                 told_s = time.monotonic()
                 yield None
@@ -89,15 +89,3 @@ class JobWatch:
         """Raises CapacityError when nothing more will happen to a job in this process, because it ends."""
         if self.is_closing and (live is None or live.has_ended):
             raise draining()
-
-
-async def _wait(event: asyncio.Event, limit_s: float | None) -> None:
-    """Until it is set, for at most so long."""
-    if limit_s is None:
-        await event.wait()
-        return
-    try:
-        async with asyncio.timeout(limit_s):
-            await event.wait()
-    except TimeoutError:
-        return
