@@ -19,11 +19,14 @@ from tools.tiny_checkpoint.latents import ClipStore
 from tools.tiny_checkpoint.plans import Plan
 from tools.tiny_checkpoint.progress import reduced_precision
 from tools.tiny_checkpoint.render import render_chunks
+from tools.tiny_checkpoint.shape_reading import shape_loss
 from tools.tiny_checkpoint.train_vae import decode
 
 _WHOLE_EVERY_STEPS, _WINDOWS_PER_WHOLE = 3, 4
 _CELL = 8
 """Pixels of a latent cell."""
+_SHAPE_WEIGHT = 0.1
+"""Of shapes that cannot be read: a guess costs as much as an error of 0.1 in every pixel."""
 _WINDOW = 6
 """Cells of a window's side."""
 _FIRST_FRAME_WEIGHT = 4.0
@@ -36,15 +39,18 @@ are few pixels, and alone tell it from another."""
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictures:
     """What a step decodes: latents [B, C, T, h, w], the frames [B, 3, F, H, W] they stand for in [-1, 1], and how much
-    their pixels count, [B, 1, F, H, W]."""
+    their pixels count, [B, 1, F, H, W]. centres: of the first things, [B, F, 2]; corners: where the upper left pixel of
+    each picture is, [B, 2]; x and y in pixels of the world."""
 
     latents: Tensor
     frames: Tensor
     counts: Tensor
+    centres: Tensor
+    corners: Tensor
 
 
 class PictureLoss(nn.Module):
-    """Mean absolute error of decoded latents, mostly in windows around the things.
+    """Mean absolute error of decoded latents, mostly in windows around the things, and which shapes they show.
 
     Args:
         vae: whose decoder is trained.
@@ -77,13 +83,31 @@ class PictureLoss(nn.Module):
             decoded = decode(self.vae, pictures.latents * self.std + self.mean).float()
         error = ((decoded - pictures.frames) * pictures.counts).abs()
         error[:, :, 0] *= _FIRST_FRAME_WEIGHT
-        return {"whole" if is_whole else "window": error.sum() / (pictures.counts.sum() * decoded.shape[1])}
+        shape = shape_loss(decoded, pictures.counts > 0, plan.attributes, pictures.centres, pictures.corners)
+        return {
+            "whole" if is_whole else "window": error.sum() / (pictures.counts.sum() * decoded.shape[1]),
+            "shape": _SHAPE_WEIGHT * shape,
+        }
 
 
 def _pictures(store: ClipStore, plan: Plan, latents: Tensor) -> Pictures:
     shown = zip(plan.clip.tolist(), plan.chunk.tolist(), strict=True)
     frames = torch.cat([render_chunks([store.clips[clip]], chunk, device=latents.device) for clip, chunk in shown])
-    return Pictures(latents=latents, frames=frames, counts=1 + (_OUTLINE_WEIGHT - 1) * _outlines(frames))
+    return Pictures(
+        latents=latents,
+        frames=frames,
+        counts=1 + (_OUTLINE_WEIGHT - 1) * _outlines(frames),
+        centres=_centres(store, plan, frames.shape[2]).to(latents.device),
+        corners=torch.zeros(len(latents), 2, device=latents.device),
+    )
+
+
+def _centres(store: ClipStore, plan: Plan, num_frames: int) -> Tensor:
+    """Of the first thing in each frame, [B, F, 2] in pixels."""
+    shown = [(store.clips[clip], chunk) for clip, chunk in zip(plan.clip.tolist(), plan.chunk.tolist(), strict=True)]
+    starts = torch.tensor([clip.centres(chunk)[0] for clip, chunk in shown])
+    velocities = torch.tensor([clip.scenes[chunk].things[0].velocity for clip, chunk in shown])
+    return starts[:, None] + velocities[:, None] * torch.arange(num_frames)[:, None]
 
 
 def _outlines(frames: Tensor) -> Tensor:
@@ -119,4 +143,10 @@ def _windows(whole: Pictures, plan: Plan, generator: torch.Generator) -> Picture
         inner_columns = slice(_CELL * (left + (left > 0)), _CELL * (left + size - (left + size < width)))
         is_inner[..., inner_rows, inner_columns] = 1
         counts.append((whole.counts[row] * is_inner)[..., pixel_rows, pixel_columns])
-    return Pictures(latents=torch.stack(latents), frames=torch.stack(frames), counts=torch.stack(counts))
+    return Pictures(
+        latents=torch.stack(latents),
+        frames=torch.stack(frames),
+        counts=torch.stack(counts),
+        centres=whole.centres,
+        corners=_CELL * corners,
+    )

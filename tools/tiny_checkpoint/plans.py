@@ -22,12 +22,12 @@ from tools.tiny_checkpoint.captions import ATTRIBUTES, VALUES, caption, meaning
 from tools.tiny_checkpoint.vocabulary import Vocabulary
 from tools.tiny_checkpoint.world import CHUNKS_PER_CLIP, DEFAULTS, HEIGHT, MAX_THINGS, WIDTH, Clip, Scene
 
-_FIRST_CHUNK_SHARE, _IMAGE_SHARE = 0.45, 0.5
+_FIRST_CHUNK_SHARE, _IMAGE_SHARE = 0.45, 0.6
 _AT_CHANGE_SHARE, _FADE_SHARE = 0.35, 0.5
 """How often a later chunk is the first of a changed scene, if there is one, and how often the prompt fades in there."""
 _MADE_SHARE = 0.5
 """How often a later chunk follows what the transformer made, errors and all."""
-_OMIT_SHARE, _SAY_LITTLE_SHARE, _SAY_MOTION_SHARE = 0.4, 0.25, 0.2
+_OMIT_SHARE, _SAY_LITTLE_SHARE, _SAY_MOTION_SHARE = 0.4, 0.25, 0.3
 """How often something that a caption may leave out is left out, how often everything is, and how often all looks."""
 _CLEAN_SHARE, _MAX_CORRUPTION = 0.25, 0.3
 """Histories without noise, and the most noise that is blended into one of their frames. Requests add 0.111 to 0.135 to

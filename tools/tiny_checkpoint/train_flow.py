@@ -58,7 +58,7 @@ _ROLL_OUT_FROM, _ROLL_OUT_EVERY = 0.5, 2
 and all, and pictures are looked at; a transformer that is trained further begins with both at once."""
 _PICTURE_WEIGHT, _DECODER_RATE = 2.0, 7e-4
 """Of what pictures miss in the loss, and how fast the decoder learns, whoever makes its latents."""
-_FURTHER_RATE, _FURTHER_BATCH, _FURTHER_WINDOWS = 0.35, (0.25, 0.5, 2.0), 2
+_FURTHER_RATE, _FURTHER_BATCH, _FURTHER_WINDOWS = 0.2, (0.25, 0.5, 2.0), 2
 """Of a transformer that is trained further, over those of a new one: the learning rate, as that of a new one would undo
 much of it first, the examples of each stage, as the last one learns longest, and the windows that are looked at."""
 _NOT_A_WORD = -100
@@ -219,10 +219,11 @@ def _train(preset: Preset, run: Run, team: Team) -> None:
         num_workers=_PLANNING_PROCESSES if device.type == "cuda" else 0,
         pin_memory=device.type == "cuda",
     )
+    pace = _pace if run.begins_with is None else _further_pace
     for step, staged in zip(progress.steps(), plans, strict=False):
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * _pace(step, training.word_steps, progress.share)
+                group["lr"] = group["initial_lr"] * pace(step, training.word_steps, progress.share)
             optimizer.zero_grad(set_to_none=True)
         generator = torch.Generator(device).manual_seed((run.seed * 1_000_003 + step) * team.size + team.rank)
         is_late = run.begins_with is not None or progress.share > _ROLL_OUT_FROM
@@ -309,6 +310,11 @@ def _pace(step: int, word_steps: int, share: float) -> float:
     which `share` is done."""
     since = step if step < word_steps else step - word_steps
     return min(1.0, (since + 1) / _WARMUP_STEPS, max(0.02, 2 * (1 - share)))
+
+
+def _further_pace(step: int, word_steps: int, share: float) -> float:
+    """Of a transformer that is trained further: falls from the start, as it gains most while the rate is low."""
+    return min(_pace(step, word_steps, share), max(0.02, (1 - share) ** 2))
 
 
 if __name__ == "__main__":
