@@ -106,8 +106,14 @@ def _instructions_of(code: str, root: Path) -> int:
 
 def _run(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
     """In `root`, whose packages win over those that are installed."""
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = {**_environment(), "PYTHONHASHSEED": "0", "PYTHONPATH": str(root)}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+
+
+def _environment() -> dict[str, str]:
+    """Bytecode is kept, whatever the caller's shell says: what is measured is an import and no compilation."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "OMP_NUM_THREADS": "1"}
 
 
 def start_figures(*, repeats: int = 2) -> list[Figure]:
@@ -136,7 +142,7 @@ def _server(checkpoint: Path, data_dir: Path) -> Iterator[tuple[subprocess.Popen
     process = subprocess.Popen(
         [sys.executable, "-m", "helios_serve.cli", "serve", str(checkpoint), *options],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
