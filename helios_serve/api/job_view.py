@@ -141,8 +141,8 @@ class JobViews:
         self._standings.put(row.tenant, row.id, standing, mark=_mark(live))
         if not live.is_watched:
             return
-        index, made_ms = segment.chunk, live.stats.generated_ms
-        shown = _shown(live.request, row, index, segment.init, segment.media, segment.num_frames, made_ms)
+        made_ms = live.stats.generated_ms
+        shown = _shown(live.request, segment.chunk, segment.init, segment.media, segment.num_frames, made_ms)
         self._segments.add(row.id, shown)
 
     # Bytes.
@@ -165,7 +165,7 @@ class JobViews:
             await self._stores.leases.lose_data(row.id, f"video {row.id}: segment {index} is damaged")
             raise DataLossError(f"video {row.id}: segment {index} is damaged") from error
         return [
-            _shown(request, row, chunk.idx, init, data, chunk.seg_frames, stats_of(chunk.vae_stats).generated_ms)
+            _shown(request, chunk.idx, init, data, chunk.seg_frames, stats_of(chunk.vae_stats).generated_ms)
             for chunk, data in zip(chunks, media, strict=True)
         ]
 
@@ -242,15 +242,9 @@ def _mark(live: LiveJob) -> object:
 
 
 def _shown(
-    request: VideoRequest,
-    row: records.Job,
-    index: int,
-    init: bytes,
-    media: bytes,
-    num_frames: int,
-    generated_ms: float | None,
+    request: VideoRequest, index: int, init: bytes, media: bytes, num_frames: int, generated_ms: float | None
 ) -> JobSegment:
-    """A segment for viewers."""
+    """A segment for viewers; whether it is the last one `published` says."""
     return JobSegment(
         index=index,
         init=init,
@@ -260,7 +254,7 @@ def _shown(
         fps=request.params.fps,
         prompt=request.prompt_at(index),
         prompt_weight=request.prompt_weight(index),
-        is_last=index + 1 == row.num_chunks,
+        is_last=False,
         generated_ms=round(generated_ms or 0),
     )
 

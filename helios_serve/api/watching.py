@@ -61,9 +61,9 @@ class JobWatch:
         following, shown, told_s = start, None, time.monotonic()
         while True:
             live = self._runner.live(job_id)
-            version = 0 if live is None else live.version(with_steps=with_steps)
+            version = 0
             if live is not None:
-                live.is_watched = True
+                live.is_watched, version = True, live.version(with_steps=with_steps)
             standing = await self._views.standing(tenant, job_id)
             if following < standing.num_published:
                 yield await self._views.published(standing, following)

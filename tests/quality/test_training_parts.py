@@ -36,6 +36,8 @@ from tools.tiny_checkpoint.train_flow import (
     _DECODER_RATE,
     FlowModel,
     Lesson,
+    _further_pace,
+    _pace,
     distilled_scheduler,
     train_flow,
     usable_flow,
@@ -381,6 +383,12 @@ def test_a_new_reader_learns_alone(model: FlowModel, *, is_reader_new: bool) -> 
     has_learned = any(parameter.grad is not None for parameter in model.transformer.parameters())
     model.zero_grad(set_to_none=True)
     assert has_learned != is_reader_new
+
+
+def test_training_further_slows_down_from_the_start() -> None:
+    paces = [_further_pace(1000, 0, share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert paces == sorted(set(paces), reverse=True)
+    assert _pace(1000, 0, 0.25) == 1.0
 
 
 def test_losses_are_the_recorded_ones(work: Path) -> None:

@@ -25,8 +25,6 @@ from tools.tiny_checkpoint.train_vae import decode
 _WHOLE_EVERY_STEPS, _WINDOWS_PER_WHOLE = 3, 4
 _CELL = 8
 """Pixels of a latent cell."""
-_SHAPE_WEIGHT = 0.1
-"""Of shapes that cannot be read: a guess costs as much as an error of 0.1 in every pixel."""
 _WINDOW = 6
 """Cells of a window's side."""
 _FIRST_FRAME_WEIGHT = 4.0
@@ -34,6 +32,10 @@ _FIRST_FRAME_WEIGHT = 4.0
 _OUTLINE_WEIGHT, _OUTLINE_REACH, _MIN_STEP = 4.0, 2, 0.3
 """Of errors near an outline, how many pixels near is, and which difference of colours is an outline: a shape's corners
 are few pixels, and alone tell it from another."""
+
+
+_SHAPE_WEIGHT = 0.1
+"""Of shapes that cannot be read: a guess costs as much as an error of 0.1 in every pixel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,23 +93,16 @@ class PictureLoss(nn.Module):
 
 
 def _pictures(store: ClipStore, plan: Plan, latents: Tensor) -> Pictures:
-    shown = zip(plan.clip.tolist(), plan.chunk.tolist(), strict=True)
-    frames = torch.cat([render_chunks([store.clips[clip]], chunk, device=latents.device) for clip, chunk in shown])
+    shown = [(store.clips[clip], chunk) for clip, chunk in zip(plan.clip.tolist(), plan.chunk.tolist(), strict=True)]
+    frames = torch.cat([render_chunks([clip], chunk, device=latents.device) for clip, chunk in shown])
+    paths = [clip.path(chunk, range(frames.shape[2])) for clip, chunk in shown]
     return Pictures(
         latents=latents,
         frames=frames,
         counts=1 + (_OUTLINE_WEIGHT - 1) * _outlines(frames),
-        centres=_centres(store, plan, frames.shape[2]).to(latents.device),
+        centres=torch.tensor(paths, device=latents.device),
         corners=torch.zeros(len(latents), 2, device=latents.device),
     )
-
-
-def _centres(store: ClipStore, plan: Plan, num_frames: int) -> Tensor:
-    """Of the first thing in each frame, [B, F, 2] in pixels."""
-    shown = [(store.clips[clip], chunk) for clip, chunk in zip(plan.clip.tolist(), plan.chunk.tolist(), strict=True)]
-    starts = torch.tensor([clip.centres(chunk)[0] for clip, chunk in shown])
-    velocities = torch.tensor([clip.scenes[chunk].things[0].velocity for clip, chunk in shown])
-    return starts[:, None] + velocities[:, None] * torch.arange(num_frames)[:, None]
 
 
 def _outlines(frames: Tensor) -> Tensor:

@@ -183,9 +183,8 @@ def _attributes(clip: Clip, kind: _Kind) -> list[int]:
 
 def _centres(clip: Clip, kind: _Kind) -> list[tuple[float, float]]:
     """A latent frame stands for the four frames up to four times its number, the first one for frame 0."""
-    (x, y), (vx, vy) = clip.centres(kind.chunk)[0], clip.scenes[kind.chunk].things[0].velocity
     times = [max(0.0, _FRAMES_PER_LATENT * index - 1.5) for index in range(LATENT_FRAMES_PER_CHUNK)]
-    return [(2 * math.pi * (x + vx * t) / WIDTH, 2 * math.pi * (y + vy * t) / HEIGHT) for t in times]
+    return [(2 * math.pi * x / WIDTH, 2 * math.pi * y / HEIGHT) for x, y in clip.path(kind.chunk, times)]
 
 
 def _say(scene: Scene, omitted: frozenset[str], rng: random.Random) -> tuple[str, list[int]]:

@@ -48,8 +48,8 @@ def render(scenes: Sequence[Scene], centres: Tensor, num_frames: int, canvas: Ca
     for index in reversed(range(max(len(scene.things) for scene in scenes))):
         _, colour, shape, diameter, velocity = (code.to(device) for code in _codes(scenes, index))
         at = centres[:, None, index] + velocity[:, None] * time[:, None]  # (B, F, 2)
-        x = _wrapped(across[:, None] - at[..., :1], WIDTH)[:, :, None, :]  # (B, F, 1, W)
-        y = _wrapped(along[:, None] - at[..., 1:], HEIGHT)[:, :, :, None]  # (B, F, H, 1)
+        x = wrapped(across[:, None] - at[..., :1], WIDTH)[:, :, None, :]  # (B, F, 1, W)
+        y = wrapped(along[:, None] - at[..., 1:], HEIGHT)[:, :, :, None]  # (B, F, H, 1)
         cover = _cover(shape, diameter, x, y)[:, None]
         frames = torch.lerp(frames, _palette(device)[colour][:, :, None, None, None], cover)
     return frames.contiguous()
@@ -87,7 +87,7 @@ def _codes(scenes: Sequence[Scene], index: int) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(column) for column in zip(*rows, strict=True))
 
 
-def _wrapped(offset: Tensor, length: int) -> Tensor:
+def wrapped(offset: Tensor, length: int) -> Tensor:
     """The shortest way around: into [-length / 2, length / 2)."""
     return (offset + length / 2) % length - length / 2
 

@@ -2,7 +2,7 @@
 
 A pixel's mean error hardly tells a square from a circle of its area, which differ in the corners alone; this loss is
 about nothing else, and near zero where the shape can be read. Knows pixels and where things are; knows no model.
-Shape letters: B examples, T latent frames, F frames, H x W pixels.
+Shape letters: B examples, F frames, H x W pixels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from tools.tiny_checkpoint.captions import VALUES
+from tools.tiny_checkpoint.render import wrapped
 from tools.tiny_checkpoint.world import COLOURS, HEIGHT, SHAPES, SIZES, WIDTH
 
 _STEEPNESS = 8.0
@@ -21,7 +22,7 @@ _STEEPNESS = 8.0
 _SHARPNESS = 20.0
 """Of the choice between outlines by their overlap: those of a circle and of a square of one area overlap by 0.83."""
 _AREAS = (math.pi, 1.8**2, 2.0)
-"""Of each shape as it is drawn, in squares of half its diameter."""
+"""Of each of SHAPES as `render` draws it, in squares of half its diameter."""
 _CENTROIDS = (0.0, 0.0, 1 / 3)
 """How far below the middle of what is drawn, in half diameters."""
 _BACKGROUND, _COLOUR, _SHAPE, _SIZE = (tuple(VALUES).index(name) for name in ("background", "colour", "shape", "size"))
@@ -57,8 +58,8 @@ def _outlines(size: tuple[int, ...], attributes: Tensor, centres: Tensor, corner
     below = (torch.tensor(_CENTROIDS, device=device)[shape] * radius)[:, None]
     across = torch.arange(width, device=device) + 0.5 + corners[:, :1]  # (B, W)
     down = torch.arange(height, device=device) + 0.5 + corners[:, 1:]  # (B, H)
-    x = _wrapped(across[:, None] - centres[..., :1], WIDTH)[:, :, None, :]  # (B, F, 1, W)
-    y = _wrapped(down[:, None] - (centres[..., 1] + below)[..., None], HEIGHT)[..., None]  # (B, F, H, 1)
+    x = wrapped(across[:, None] - centres[..., :1], WIDTH)[:, :, None, :]  # (B, F, 1, W)
+    y = wrapped(down[:, None] - (centres[..., 1] + below)[..., None], HEIGHT)[..., None]  # (B, F, H, 1)
     base = (2 * area).sqrt()  # of a triangle as high as it is wide
     outlines = {
         "circle": x.square() + y.square() <= area / math.pi,
@@ -66,7 +67,3 @@ def _outlines(size: tuple[int, ...], attributes: Tensor, centres: Tensor, corner
         "triangle": (y <= base / 3) & (x.abs() <= (y + 2 * base / 3) / 2),
     }
     return torch.stack([outlines[name] for name in SHAPES], dim=1).float()
-
-
-def _wrapped(offset: Tensor, length: int) -> Tensor:
-    return (offset + length / 2) % length - length / 2

@@ -105,6 +105,11 @@ class Clip:
         pairs = enumerate(pairwise(self.scenes), start=1)
         return next((chunk for chunk, (old, new) in pairs if old != new), None)
 
+    def path(self, chunk: int, times: Iterable[float]) -> list[tuple[float, float]]:
+        """Where the first thing is so many frames after the first one of a chunk, not wrapped around."""
+        (x, y), (vx, vy) = self.centres(chunk)[0], self.scenes[chunk].things[0].velocity
+        return [(x + vx * time, y + vy * time) for time in times]
+
     def centres(self, chunk: int) -> tuple[tuple[float, float], ...]:
         """Where the things are in the first frame of a chunk, not wrapped around."""
         moved = []
