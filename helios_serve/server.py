@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -289,6 +290,8 @@ def _admin_config(app: FastAPI) -> uvicorn.Config:
 async def _welcome(parts: Parts, listeners: Listeners) -> None:
     """Warms the workers up, then says that and where the server is ready."""
     await warm_up(parts.engine, parts.info, parts.server.warmup)
+    gc.collect()
+    gc.freeze()  # all that lives by now lives on: to look through it again would hold every stream up for 0.1 s
     print(_greeting(parts, listeners), flush=True)
 
 

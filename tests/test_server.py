@@ -161,7 +161,7 @@ def test_a_server_from_start_to_ctrl_c(data_dir: Path, tmp_path: Path) -> None:
 def test_a_signal_ends_a_busy_server_and_the_next_one_goes_on(data_dir: Path, number: signal.Signals) -> None:
     """The running request is answered with 503 `draining`; its job loses nothing."""
     with serving(data_dir) as server, ThreadPoolExecutor(1) as clients:
-        running = clients.submit(make, server, num_frames=1320, prompt=f"signal {number}")
+        running = clients.submit(make, server, num_frames=660, prompt=f"signal {number}")
         video = until(server, lambda newest: newest["prompt"] == f"signal {number}" and chunks_done(newest) >= 1)
         assert not running.done()
         assert server.stop(number) == 0
@@ -175,7 +175,7 @@ def test_a_signal_ends_a_busy_server_and_the_next_one_goes_on(data_dir: Path, nu
         assert chunks_done(found) >= chunks_done(video)
         until(server, lambda newest: newest["status"] == "completed")
         content = httpx2.get(f"{server.url}/v1/videos/{video['id']}/content")
-        assert num_frames(content.content) == 1320
+        assert num_frames(content.content) == 660
         assert server.stop(number) == 0
     assert "Traceback" not in "".join(server.errors)
 

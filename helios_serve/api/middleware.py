@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -86,12 +86,12 @@ class RequestCount:
             attributes={"http.request.method": method, "http.route": template},
         )
 
-        async def send_noting_status(message: Message) -> None:
+        def send_noting_status(message: Message) -> Awaitable[None]:
             nonlocal status, num_bytes
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await send(message)
             num_bytes += len(message.get("body", b""))
+            return send(message)
 
         try:
             with bind_context(span.context):
@@ -191,12 +191,12 @@ class RequestBoundary:
         request_id = current_request_id() or _request_id(Headers(scope=scope).get("x-request-id"))
         started = False
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, send_with_id)

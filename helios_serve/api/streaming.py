@@ -30,7 +30,7 @@ from helios_serve.errors import CapacityError, HeliosError
 from helios_serve.types import FRAMES_PER_CHUNK
 
 KEEP_ALIVE_S = 15.0
-PIECE_BYTES = 144 << 10
+PIECE_BYTES = 240 << 10
 """Of video that are given to a connection at once; a multiple of three, which base64 joins without a seam."""
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no", "accept-ranges": "none"}
 

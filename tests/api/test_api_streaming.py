@@ -206,6 +206,8 @@ def test_jobs_are_created_listed_cancelled_and_deleted(client: TestClient) -> No
 
 def test_deleting_a_running_job_ends_it(client: TestClient, engine: Any) -> None:
     video_id = create(client, "slow", steps=[9, 9, 9])["id"]
+    while client.get(f"/v1/videos/{video_id}").json()["status"] != "in_progress":
+        time.sleep(0.01)
     assert client.delete(f"/v1/videos/{video_id}").json()["deleted"]
     assert engine.cancelled == [video_id]
     assert client.get(f"/v1/videos/{video_id}").status_code == 404

@@ -14,7 +14,7 @@ from tests.faults.conftest import NewServer
 from tests.faults.server_process import Server
 
 NUM_JOBS = 8
-NUM_KILLS = int(os.environ.get("HELIOS_TEST_KILLS", "6"))
+NUM_KILLS = int(os.environ.get("HELIOS_TEST_KILLS", "4"))
 """50 by hand; a few with every commit, as each costs a start of the server."""
 
 

@@ -32,7 +32,7 @@ from helios_serve.types import Aborted, ChunkTask, StepDone
 from helios_serve.workers.dit import Answer, ChunkInputs, ChunkResult, DitWorker, ParkedResult
 from tests.workers.chunks import assert_close, encode, latents_of, request
 
-NUM_SIGNALS = 50
+NUM_SIGNALS = 30
 WAIT_S = 240
 TIMEOUT_S = 8.0
 
