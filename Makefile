@@ -8,6 +8,9 @@ VLLM_ENV ?= build/vllm-env
 SGLANG_ENV ?= build/sglang-env
 ARGS ?=
 
+# Bytecode is made and kept where it is used: setting up takes less time, and processes that tests start begin sooner.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-faults test-browser test-vllm test-sglang test-quality test-gpu train-tiny bench-gpu bench-check check fix proto docs clean
 
@@ -20,7 +23,7 @@ setup: $(READY) ## Make .venv with everything the other targets need
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; none was found. Name one: make setup PYTHON=/path/to/python3' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test,check]'
 	@touch $@
 
 serve: $(READY) ## Serve the embedded tiny checkpoint on 127.0.0.1:8000; ARGS="DIR --port 9000" for another

@@ -30,7 +30,6 @@ from helios_serve.api.signed_urls import SigningKeys, load_signing_keys, read_si
 from helios_serve.config import ExecutorConfig, ModelConfig, ServerConfig
 from helios_serve.engine.async_engine import AsyncEngine
 from helios_serve.errors import HeliosError
-from helios_serve.executors import cost_model, local, on_cluster
 from helios_serve.listening import Listeners, bound, shown_address
 from helios_serve.settings import Settings, describe
 from helios_serve.store.connect import Stores, open_stores
@@ -73,6 +72,9 @@ def run_server(settings: Settings) -> None:
 
 def _put_together(settings: Settings, stores: Stores, signing: SigningKeys, tracing: Tracing) -> Parts:
     """Loads the checkpoint; nothing runs yet."""
+    # Here, as it takes seconds to import: an address that is taken is told before.
+    from helios_serve.executors import cost_model, local, on_cluster
+
     model, engine, server, ray = settings.model, settings.engine, settings.server, settings.ray
     has_crashed = _watch_crashes(server.data_dir)
     config, executor = local(model) if ray is None else on_cluster(model, ray)
