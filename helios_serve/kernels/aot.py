@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel ahead of time and reads from the machine code what it takes: no GPU is needed.
+"""Compiles every Triton kernel ahead of time and reads from the code what it takes: no GPU is needed.
 
     python -m helios_serve.kernels.aot [--json FILE]
 
@@ -31,10 +31,10 @@ from helios_serve.kernels.quantize_rows import specialisations as quantising_spe
 CAPABILITIES = (80, 90, 100)
 WIDTH, FFN_WIDTH, HEAD_DIM = 5120, 13824, 128
 VAE_WIDTHS = (96, 192, 384)
-_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
-_WIDE_LOAD = re.compile(r"\bLDG\.E\.(?:\w+\.)*128")
-_MATRIX = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|QGMMA)")
+_WIDE_LOAD = re.compile(r"\bld\.global[\w.:]*\.v(?:4\.\w32|8\.\w32|2\.\w64)\b")
+_MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Usage:
     """What one kernel takes on one generation of devices.
 
     registers: of a thread. stack_bytes: spilled, of a thread. shared_bytes: of a program. wide_loads, matrix_products:
-    instructions in the code.
+    instructions in PTX, of 16 bytes or more and of the matrix units; `ptxas` splits none.
     """
 
     kernel: str
@@ -93,7 +93,7 @@ def _tuned(one: Specialisation) -> list[Specialisation]:
 
 
 def compile_one(one: Specialisation, capability: int) -> Usage:
-    """Compiles for sm_`capability` and takes the machine code apart."""
+    """Compiles for sm_`capability` and looks at what came of it."""
     names = one.kernel.arg_names
     assert {*names} == {*one.types, *one.constants}, (one.name, {*names} ^ {*one.types, *one.constants})
     types = {name: one.types.get(name, "constexpr") for name in names}
@@ -107,8 +107,8 @@ def compile_one(one: Specialisation, capability: int) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _USAGE.search(_output("cuobjdump", "-res-usage", file.name))
-        code = _output("nvdisasm", "-c", file.name)
+        told = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    usage, code = _USAGE.search(told), compiled.asm["ptx"]
     assert usage is not None
     return Usage(
         kernel=one.name,
@@ -120,10 +120,6 @@ def compile_one(one: Specialisation, capability: int) -> Usage:
         wide_loads=len(_WIDE_LOAD.findall(code)),
         matrix_products=len(_MATRIX.findall(code)),
     )
-
-
-def _output(tool: str, *arguments: str) -> str:
-    return subprocess.run([_BIN / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def main(arguments: Sequence[str]) -> None:
