@@ -37,9 +37,9 @@ SLOW = FaultPlan(
 """Steps and decodes that can be hit in their middle."""
 NUM_RANKS = 2
 GROUPS = ("dit-0", "dit-1", "vae-0", "encoder-0")
-MAX_PIXEL_DIFFERENCE, MAX_SHARE_BEYOND = 2, 1e-3
-"""Of 255, after compression, which makes up to 11 of the one of 255 by which a few of 100,000 bytes are rounded
-otherwise."""
+MAX_MEAN_DIFFERENCE = 0.3
+"""Of 255, after compression: where one byte is rounded otherwise, the encoder may decide otherwise for what follows, by
+up to 0.06 in a video and 40 in a pixel. Another seed gives 37."""
 
 Videos = dict[str, list[bytes]]
 
@@ -104,7 +104,7 @@ def test_a_rank_that_dies_costs_one_chunk(tiny_distilled: Path, capsys: pytest.C
         theirs = pixels(segments[0].init, [segment.media for segment in segments])
         ours = pixels(segments[0].init, calm[request.request_id])
         assert ours.shape == theirs.shape
-        assert (np.abs(ours - theirs) > MAX_PIXEL_DIFFERENCE).mean() <= MAX_SHARE_BEYOND
+        assert np.abs(ours - theirs).mean() <= MAX_MEAN_DIFFERENCE
     with capsys.disabled():
         print("", *report, sep="\n  ")
 

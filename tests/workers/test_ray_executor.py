@@ -248,9 +248,11 @@ class TestTwoRanks:
 
     num_groups, num_ranks = 1, 2
 
-    def test_one_dead_rank_is_the_end_of_its_group(self, driver: Driver, local: Local) -> None:
+    def test_one_dead_rank_is_the_end_of_its_group(self, driver: Driver) -> None:
         video = make_request("slow")
         encoded = driver.encode(video)
+        calm = driver.finish("dit-0", chunk_task(encoded))
+        expected = driver.decode(video, 0, calm.latents).latents_digest
         task = chunk_task(encoded)
         driver.executor.submit("dit-0", [task])
         driver.wait_until_busy("dit-0", task.task_id)
@@ -263,7 +265,7 @@ class TestTwoRanks:
         back = driver.back(lost)
         assert (back.num_ranks, back.golden) == (2, driver.golden)
         again = driver.finish("dit-0", chunk_task(encoded))
-        assert driver.decode(video, 0, again.latents).latents_digest == local.digests[0]
+        assert driver.decode(video, 0, again.latents).latents_digest == expected  # of two ranks; one rounds otherwise
         driver.report("kill -9 of rank 1 of 2", killed_at, lost, back, again)
         assert not driver.has_answer(task.task_id)
 
