@@ -28,11 +28,6 @@ PRESET = Preset(
 )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Names the marker of these tests."""
-    config.addinivalue_line("markers", "quality: scores the shipped checkpoint; minutes (make test-quality)")
-
-
 @pytest.fixture(scope="session")
 def preset() -> Preset:
     """Sizes of which a step takes milliseconds."""
