@@ -300,9 +300,8 @@ class Engine:
         """Gives out work: encodings, chunks as planned, decodings."""
         for group, job in self._encoders.assign(now):
             self._executor.submit(group, [job.make_task(job.task_id)])
-        runs = self._runs.unfinished
-        if not self._is_draining and any(run.state.waits_for_group for run in runs):
-            for run, num_sharing in self._groups.dispatch(runs, now):
+        if not self._is_draining:
+            for run, num_sharing in self._groups.dispatch(self._runs.unfinished, now):
                 if run.has_keeper:
                     name, chunk = run.request_id, run.state.next_chunk
                     self._publish(name, ChunkStarted(request_id=name, chunk=chunk, num_sharing=num_sharing))
