@@ -8,7 +8,7 @@ VLLM_ENV ?= build/vllm-env
 SGLANG_ENV ?= build/sglang-env
 ARGS ?=
 
-# Bytecode is made and kept where it is used: setting up takes less time, and processes that tests start begin sooner.
+# Setting up compiles nothing ahead, so that what is imported must be kept compiled, whatever the shell says.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help

@@ -293,7 +293,7 @@ async def _welcome(parts: Parts, listeners: Listeners) -> None:
     """Warms the workers up, then says that and where the server is ready."""
     await warm_up(parts.engine, parts.info, parts.server.warmup)
     gc.collect()
-    gc.freeze()  # all that lives by now lives on: to look through it again would hold every stream up for 0.1 s
+    gc.freeze()  # all that lives by now lives on: to look through it again would hold every stream up
     print(_greeting(parts, listeners), flush=True)
 
 

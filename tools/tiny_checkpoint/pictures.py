@@ -32,8 +32,6 @@ _FIRST_FRAME_WEIGHT = 4.0
 _OUTLINE_WEIGHT, _OUTLINE_REACH, _MIN_STEP = 4.0, 2, 0.3
 """Of errors near an outline, how many pixels near is, and which difference of colours is an outline: a shape's corners
 are few pixels, and alone tell it from another."""
-
-
 _SHAPE_WEIGHT = 0.1
 """Of shapes that cannot be read: a guess costs as much as an error of 0.1 in every pixel."""
 
