@@ -232,12 +232,13 @@ def _commit_segment(connection: sa.Connection, lease: Lease, commit: SegmentComm
             + segment.num_bytes
             + sa.case((job.c.init_blob.is_(None), init.num_bytes), else_=0),
         )
-        .returning(job.c.init_blob, job.c.next_chunk, job.c.num_chunks)
+        .returning(job)
     ).one_or_none()
     if row is None:  # after the last segment the job is no longer running
         is_done = _is_done(connection, lease, commit.chunk, "seg_blob", segment.key)
         return _progress(connection, lease.job_id) if is_done else None
-    if row.init_blob != init.key:
+    owned = job_record(row)
+    if owned.init_blob != init.key:
         raise DataLossError(f"video {lease.job_id}: the initialisation segment of chunk {commit.chunk} is another one")
     placed = connection.execute(
         sa.update(chunk)
@@ -248,15 +249,17 @@ def _commit_segment(connection: sa.Connection, lease: Lease, commit: SegmentComm
             seg_frames=commit.num_frames,
             vae_stats=commit.stats,
         )
-    )
-    if placed.rowcount == 0:
+        .returning(chunk)
+    ).one_or_none()
+    if placed is None:
         returned = {"bytes_stored": job.c.bytes_stored - segment.num_bytes}
         connection.execute(sa.update(job).where(job.c.id == lease.job_id).values(**returned))
         is_done = _is_done(connection, lease, commit.chunk, "seg_blob", segment.key)
         return _progress(connection, lease.job_id) if is_done else None
-    if row.num_chunks == row.next_chunk and num_undecoded(connection, lease.job_id) == 0:
+    if owned.num_chunks == owned.next_chunk and num_undecoded(connection, lease.job_id) == 0:
         end_job(connection, lease.job_id, old="running", epoch=lease.epoch, new="finished")
-    return _progress(connection, lease.job_id)
+        return _progress(connection, lease.job_id)
+    return Committed(standing=_standing_of(connection, owned, chunk_record(placed)))
 
 
 def _prolonged(lease_s: float) -> sa.ColumnElement[Any]:
@@ -279,11 +282,9 @@ def _progress(connection: sa.Connection, job_id: str) -> Committed:
 def _num_published(connection: sa.Connection, job_id: str) -> int:
     """k + 1 when both halves of chunks 0 to k are committed and those of k + 1 are not. Rows have no gaps."""
     rows = chunk.c.job_id == job_id
-    missing = connection.scalar(sa.select(sa.func.min(chunk.c.idx)).where(rows, chunk.c.seg_blob.is_(None)))
-    if missing is not None:
-        return int(missing)
-    last = connection.scalar(sa.select(sa.func.max(chunk.c.idx)).where(rows))
-    return 0 if last is None else int(last) + 1
+    missing = sa.select(sa.func.min(chunk.c.idx)).where(rows, chunk.c.seg_blob.is_(None)).scalar_subquery()
+    last = sa.select(sa.func.max(chunk.c.idx)).where(rows).scalar_subquery()
+    return int(connection.scalar(sa.select(sa.func.coalesce(missing, last + 1, 0))) or 0)
 
 
 def _step_back(connection: sa.Connection, lease: Lease, idx: int) -> bool:
@@ -333,9 +334,15 @@ def _standings(connection: sa.Connection, jobs: Sequence[Job]) -> list[Standing]
     return [_standing_of(connection, found) for found in jobs]
 
 
-def _standing_of(connection: sa.Connection, found: Job) -> Standing:
+def _standing_of(connection: sa.Connection, found: Job, known: Chunk | None = None) -> Standing:
+    """known: a chunk that need not be read when it is the last one."""
     num_published = _num_published(connection, found.id)
-    last = None if num_published == 0 else _chunk(connection, found.id, num_published - 1)
+    if num_published == 0:
+        last = None
+    elif known is not None and known.idx == num_published - 1:
+        last = known
+    else:
+        last = _chunk(connection, found.id, num_published - 1)
     return Standing(job=found, num_published=num_published, last=last)
 
 

@@ -104,8 +104,8 @@ class Database:
 
 
 def fields_of(table: sa.Table, row: sa.Row[Any]) -> dict[str, Any]:
-    """The values of a row of `table` by the keys of its columns."""
-    return {column.key: row._mapping[column] for column in table.c}
+    """The values of a whole row of `table` by the keys of its columns."""
+    return dict(zip(table.c.keys(), row, strict=True))
 
 
 def insert_into(connection: sa.Connection, table: sa.Table) -> Insert:

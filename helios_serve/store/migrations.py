@@ -28,6 +28,7 @@ STEPS: dict[int, tuple[str, ...]] = {
         "CREATE INDEX ix_job_expires_at ON job (expires_at)",
     ),
     3: ("ALTER TABLE webhook_endpoint ADD COLUMN name TEXT",),
+    4: ("CREATE INDEX ix_chunk_undecoded ON chunk (job, idx) WHERE seg_blob IS NULL",),
 }
 """Version -> the statements that lead to it from the one before."""
 

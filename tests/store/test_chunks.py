@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from helios_serve.store.connect import Stores
 from helios_serve.store.errors import DataLossError
@@ -233,3 +237,70 @@ def test_an_unknown_job_has_no_chunks(stores: Stores) -> None:
         assert await segment(stores, nobody, 0) is None
 
     asyncio.run(run())
+
+
+@contextmanager
+def statements(stores: Stores) -> Iterator[list[tuple[str, Any]]]:
+    """What is sent to the database meanwhile, with its parameters; not where transactions begin."""
+    sent: list[tuple[str, Any]] = []
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if not statement.startswith("BEGIN"):
+            sent.append((statement, parameters))
+
+    engine = stores.database._engine
+    sa.event.listen(engine, "before_cursor_execute", note)
+    yield sent
+    sa.event.remove(engine, "before_cursor_execute", note)
+
+
+def test_a_segment_costs_the_database_three_statements(stores: Stores) -> None:
+    """Each is a round trip, before which nobody is shown the segment."""
+
+    async def run() -> None:
+        job = await running(stores, num_chunks=3)
+        await both(stores, job.lease, 0)
+        assert await latents(stores, job.lease, 1)
+        with statements(stores) as sent:
+            committed = await segment(stores, job.lease, 1)
+        assert [statement.split()[0] for statement, _ in sent] == ["UPDATE", "UPDATE", "SELECT"]
+        assert committed is not None
+        assert committed.standing == await stores.chunks.standing("a", job.id)
+
+    asyncio.run(run())
+
+
+def test_a_segment_that_closes_a_gap_publishes_all_behind_it(stores: Stores) -> None:
+    async def run() -> None:
+        job = await running(stores, num_chunks=4)
+        for chunk in range(3):
+            assert await latents(stores, job.lease, chunk)
+        for chunk, num_published in ((2, 0), (0, 1), (1, 3)):
+            committed = await segment(stores, job.lease, chunk)
+            assert committed is not None
+            assert committed.num_published == num_published
+            assert committed.standing == await stores.chunks.standing("a", job.id)
+
+    asyncio.run(run())
+
+
+def test_how_far_a_job_is_published_takes_no_look_at_each_of_its_chunks(opened: OpenStores) -> None:
+    stores = opened()
+    if stores.database.is_postgres:
+        pytest.skip("Postgres reads a table of a few rows whole, whatever its indexes")
+
+    async def run() -> list[str]:
+        job = await running(stores)
+        await both(stores, job.lease, 0)
+        with statements(stores) as sent:
+            await stores.chunks.standing("a", job.id)
+        (asked,) = [one for one in sent if "min(" in one[0]]
+
+        def plan(connection: sa.Connection) -> list[str]:
+            return [row.detail for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {asked[0]}", asked[1])]
+
+        return await stores.database.read(plan)
+
+    searches = [line for line in asyncio.run(run()) if "chunk" in line]
+    assert ["ix_chunk_undecoded" in line for line in searches] == [True, False]
+    assert all(line.startswith("SEARCH") for line in searches)

@@ -50,7 +50,14 @@ def shape(engine: sa.Engine) -> dict[str, Any]:
             column["name"]: (str(column["type"]), column["nullable"], str(column["default"]).strip("()'"))
             for column in inspected.get_columns(name)
         }
-        indexes = {index["name"]: (index["column_names"], index["unique"]) for index in inspected.get_indexes(name)}
+        indexes = {
+            index["name"]: (
+                index["column_names"],
+                index["unique"],
+                [str(option).strip("()") for option in index.get("dialect_options", {}).values()],
+            )
+            for index in inspected.get_indexes(name)
+        }
         foreign = [
             (key["constrained_columns"], key["referred_table"], key["options"])
             for key in inspected.get_foreign_keys(name)
