@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -101,10 +102,11 @@ class _Child:
     process: subprocess.Popen[str]
     port: int
 
-    def used_by(self, run: Callable[[], None]) -> _Used:
-        """What the child spends while this runs."""
+    def used_by(self, run: Callable[[int, int], None], num_requests: int, num_chunks: int) -> _Used:
+        """What the child spends while this runs, its segments made before."""
+        self._ask("ready", num_requests, num_chunks)
         before = self._used()
-        run()
+        run(num_requests, num_chunks)
         return self._used() - before
 
     def _used(self) -> _Used:
@@ -113,14 +115,17 @@ class _Child:
 
     def directly(self, num_requests: int, num_chunks: int) -> None:
         """Requests through the child's engine alone."""
+        self._ask("direct", num_requests, num_chunks)
+
+    def _ask(self, what: str, num_requests: int, num_chunks: int) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(f"direct {num_requests} {num_chunks}\n")
+        self.process.stdin.write(f"{what} {num_requests} {num_chunks}\n")
         self.process.stdin.flush()
         told = self.process.stdout.readline().strip()
         assert told == "done", told
 
-    def over_http(self, num_requests: int, num_chunks: int, via: Via) -> None:
+    def over_http(self, via: Via, num_requests: int, num_chunks: int) -> None:
         """The same requests as streams, each read to its end."""
         accept = {"raw": "video/mp4", "sse": "text/event-stream"}[via]
         body = json.dumps(
@@ -193,8 +198,8 @@ def _api_reading(child: _Child, num_requests: int, via: Via) -> tuple[_Used, _Us
     own = [paired.thread_cpu_s(paired.yardstick)]
     beyond = {}
     for num_chunks in (SHORT, LONG):
-        served = child.used_by(lambda n=num_chunks: child.over_http(num_requests, n, via))  # type: ignore[misc]
-        direct = child.used_by(lambda n=num_chunks: child.directly(num_requests, n))  # type: ignore[misc]
+        served = child.used_by(partial(child.over_http, via), num_requests, num_chunks)
+        direct = child.used_by(child.directly, num_requests, num_chunks)
         beyond[num_chunks] = (served - direct).over(num_requests)
         own.append(paired.thread_cpu_s(paired.yardstick))
     segment = (beyond[LONG] - beyond[SHORT]).over(LONG - SHORT)

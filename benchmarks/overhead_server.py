@@ -2,8 +2,9 @@
 
     python -m benchmarks.overhead_server DATA_DIR
 
-Prints its port. For each line `direct REQUESTS CHUNKS` on its input it runs so many requests through the engine alone,
-one after the other, and prints `done`; it ends with its input.
+Prints its port. For a line `ready REQUESTS CHUNKS` on its input it makes the segments of so many requests ahead, for
+`direct REQUESTS CHUNKS` it runs them through the engine alone, one after the other; then it prints `done`. It ends with
+its input.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ WIDTH, HEIGHT, FPS = 640, 384, 24.0
 STEPS = (1, 1, 1)
 MAX_CHUNKS = 24
 """Of a request that the child can serve."""
+STORE_S = 0.005
+"""What keeping latents takes, about: the engine waits for it, as the devices take no time, and plans once more."""
 DISTILLED = ModelInfo(
     name="helios-distilled",
     variant="distilled",
@@ -105,8 +108,12 @@ async def serve(stores: Stores, data_dir: Path) -> None:
             await asyncio.sleep(0.01)
         print(listeners.http.getsockname()[1], flush=True)
         async for line in _lines():
-            _, num_requests, num_chunks = line.split()
-            await _run_directly(engine, int(num_requests), int(num_chunks))
+            what, *numbers = line.split()
+            num_requests, num_chunks = map(int, numbers)
+            if what == "ready":
+                executor.make_ready(num_requests, num_chunks)
+            else:
+                await _run_directly(engine, num_requests, num_chunks)
             print("done", flush=True)
         http.should_exit = True
         await serving
@@ -133,6 +140,7 @@ async def _run_directly(engine: AsyncEngine, num_requests: int, num_chunks: int)
             async for event in events:
                 assert not isinstance(event, Failure), event
                 if isinstance(event, ChunkReady):
+                    await asyncio.sleep(STORE_S)
                     engine.committed(request.request_id, event.record.chunk)
 
 

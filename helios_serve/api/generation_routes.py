@@ -232,8 +232,8 @@ def _check_no_stream(parsed: ParsedRequest) -> None:
 
 
 async def _attached(
-    attaching: AbstractAsyncContextManager[Attachment], body: AsyncIterator[bytes], *, is_guest: bool
-) -> AsyncIterator[bytes]:
+    attaching: AbstractAsyncContextManager[Attachment], body: AsyncIterator[bytes | memoryview], *, is_guest: bool
+) -> AsyncIterator[bytes | memoryview]:
     async with attaching as attachment:
         if is_guest:
             attachment.keep()

@@ -45,7 +45,7 @@ def pacing(job: Job, generated_fps: float) -> dict[str, float]:
     }
 
 
-async def fmp4(events: AsyncGenerator[JobEvent, None]) -> AsyncIterator[bytes]:
+async def fmp4(events: AsyncGenerator[JobEvent, None]) -> AsyncIterator[bytes | memoryview]:
     """The segments as they come, the first one behind its init.
 
     Raises: the job's error after the last segment, so that the connection is cut rather than ended.
@@ -56,7 +56,7 @@ async def fmp4(events: AsyncGenerator[JobEvent, None]) -> AsyncIterator[bytes]:
             if isinstance(event, JobSegment):
                 head, is_first = event.init if is_first else b"", False
                 for piece in _pieces(event.media):
-                    yield head + piece
+                    yield head + piece if head else piece
                     head = b""
             elif isinstance(event, JobEnded) and event.job.error is not None:
                 raise event.job.error
@@ -119,19 +119,20 @@ class ServerSentEvents:
         """A segment's event, its base64 made as it is sent: it needs no escape in JSON."""
         event = self._event("video_generation.partial_video", _partial(segment), segment.index + 1)
         head, field, tail = event.partition(b'"b64_json":"')
-        content = memoryview(segment.media if segment.index > 0 else segment.init + segment.media)  # cut without a copy
         begin = head + field
-        for start in range(0, len(content), PIECE_BYTES):
-            end = tail if start + PIECE_BYTES >= len(content) else b""
-            yield begin + b64encode(content[start : start + PIECE_BYTES]) + end
+        for piece in _pieces(segment.media if segment.index > 0 else segment.init + segment.media):
+            yield begin + b64encode(piece)
             begin = b""
+        yield tail
 
     def _event(self, kind: str, data: Mapping[str, Any], number: int | None = None) -> bytes:
         return _sse(kind, {"type": kind, "id": self._job.id, **data}, number)
 
 
-def _pieces(data: bytes) -> Iterator[bytes]:
-    return (data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
+def _pieces(data: bytes) -> Iterator[memoryview]:
+    """Cut without a copy."""
+    whole = memoryview(data)
+    return (whole[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
 
 
 def _partial(segment: JobSegment) -> dict[str, Any]:
