@@ -18,7 +18,7 @@ from helios_serve.store.blobs import BlobStore
 from helios_serve.store.database import Database, fields_of
 from helios_serve.store.ending import end_job
 from helios_serve.store.errors import DataLossError
-from helios_serve.store.jobs import job_record, num_undecoded, owned_row
+from helios_serve.store.jobs import is_owned, job_record, missing, num_undecoded
 from helios_serve.store.leases import Leases, fence
 from helios_serve.store.records import (
     RUNNABLE,
@@ -279,12 +279,31 @@ def _progress(connection: sa.Connection, job_id: str) -> Committed:
     return Committed(standing=_standing_of(connection, job_record(row)))
 
 
-def _num_published(connection: sa.Connection, job_id: str) -> int:
-    """k + 1 when both halves of chunks 0 to k are committed and those of k + 1 are not. Rows have no gaps."""
+def _published(job_id: Any) -> sa.ColumnElement[int]:
+    """How many segments of a job are published: k + 1 when both halves of chunks 0 to k are committed and those of
+    k + 1 are not. Rows have no gaps."""
     rows = chunk.c.job_id == job_id
-    missing = sa.select(sa.func.min(chunk.c.idx)).where(rows, chunk.c.seg_blob.is_(None)).scalar_subquery()
+    first_open = sa.select(sa.func.min(chunk.c.idx)).where(rows, chunk.c.seg_blob.is_(None)).scalar_subquery()
     last = sa.select(sa.func.max(chunk.c.idx)).where(rows).scalar_subquery()
-    return int(connection.scalar(sa.select(sa.func.coalesce(missing, last + 1, 0))) or 0)
+    return sa.func.coalesce(first_open, last + 1, 0)
+
+
+def _num_published(connection: sa.Connection, job_id: str) -> int:
+    return connection.execute(sa.select(_published(job_id))).scalar_one()
+
+
+def _owned(connection: sa.Connection, tenant_id: str, job_id: str) -> tuple[Job, int]:
+    """The tenant's job and how many of its segments are published, in one statement: on Postgres each sees another
+    moment, and a job without an init must not have segments, nor one that has ended lack any.
+
+    Raises: NotFoundError.
+    """
+    query = sa.select(job, _published(job.c.id)).where(is_owned(tenant_id, job_id))
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise missing(job_id)
+    *columns, num_published = row
+    return Job(**fields_of(job, columns)), num_published
 
 
 def _step_back(connection: sa.Connection, lease: Lease, idx: int) -> bool:
@@ -327,7 +346,8 @@ def _chunk(connection: sa.Connection, job_id: str, idx: int) -> Chunk | None:
 
 
 def _standing(connection: sa.Connection, tenant_id: str, job_id: str) -> Standing:
-    return _standing_of(connection, owned_row(connection, tenant_id, job_id))
+    found, num_published = _owned(connection, tenant_id, job_id)
+    return _standing_at(connection, found, num_published)
 
 
 def _standings(connection: sa.Connection, jobs: Sequence[Job]) -> list[Standing]:
@@ -335,8 +355,11 @@ def _standings(connection: sa.Connection, jobs: Sequence[Job]) -> list[Standing]
 
 
 def _standing_of(connection: sa.Connection, found: Job, known: Chunk | None = None) -> Standing:
+    return _standing_at(connection, found, _num_published(connection, found.id), known)
+
+
+def _standing_at(connection: sa.Connection, found: Job, num_published: int, known: Chunk | None = None) -> Standing:
     """known: a chunk that need not be read when it is the last one."""
-    num_published = _num_published(connection, found.id)
     if num_published == 0:
         last = None
     elif known is not None and known.idx == num_published - 1:
@@ -347,9 +370,8 @@ def _standing_of(connection: sa.Connection, found: Job, known: Chunk | None = No
 
 
 def _segments(connection: sa.Connection, tenant_id: str, job_id: str, start: int, limit: int) -> Segments:
-    found = owned_row(connection, tenant_id, job_id)  # first: a job seen as ended has all its segments below
-    end = min(_num_published(connection, job_id), start + limit)
-    window = (chunk.c.job_id == job_id, chunk.c.idx >= start, chunk.c.idx < end)
+    found, num_published = _owned(connection, tenant_id, job_id)
+    window = (chunk.c.job_id == job_id, chunk.c.idx >= start, chunk.c.idx < min(num_published, start + limit))
     rows = connection.execute(sa.select(chunk).where(*window).order_by(chunk.c.idx))
     return Segments(job=found, chunks=tuple(chunk_record(row) for row in rows))
 

@@ -6,7 +6,7 @@ one thread for each. A transaction whose caller was cancelled still runs to its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -103,7 +103,7 @@ class Database:
         return lambda: run(*args, **kwargs)
 
 
-def fields_of(table: sa.Table, row: sa.Row[Any]) -> dict[str, Any]:
+def fields_of(table: sa.Table, row: Sequence[Any]) -> dict[str, Any]:
     """The values of a whole row of `table` by the keys of its columns."""
     return dict(zip(table.c.keys(), row, strict=True))
 

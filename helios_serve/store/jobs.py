@@ -133,11 +133,21 @@ def owned_row(connection: sa.Connection, tenant_id: str, job_id: str, *, is_lock
 
     Raises: NotFoundError.
     """
-    query = sa.select(job).where(job.c.id == job_id, job.c.tenant == tenant_id, job.c.state != "deleted")
+    query = sa.select(job).where(is_owned(tenant_id, job_id))
     row = connection.execute(query.with_for_update() if is_locked else query).one_or_none()
     if row is None:
-        raise NotFoundError(f"video {job_id[:64]}: not found", param="id")
+        raise missing(job_id)
     return job_record(row)
+
+
+def is_owned(tenant_id: str, job_id: str) -> sa.ColumnElement[bool]:
+    """Of the one job with that id: it is the tenant's, and not deleted."""
+    return sa.and_(job.c.id == job_id, job.c.tenant == tenant_id, job.c.state != "deleted")
+
+
+def missing(job_id: str) -> NotFoundError:
+    """What is said of a job that is nobody's or another tenant's."""
+    return NotFoundError(f"video {job_id[:64]}: not found", param="id")
 
 
 def num_undecoded(connection: sa.Connection, job_id: str) -> int:

@@ -284,6 +284,29 @@ def test_a_segment_that_closes_a_gap_publishes_all_behind_it(stores: Stores) -> 
     asyncio.run(run())
 
 
+def test_a_job_with_segments_has_an_init_at_every_moment(stores: Stores) -> None:
+    """A first segment that is committed while another process looks is seen whole or not at all."""
+
+    async def run() -> None:
+        job, loop = await running(stores), asyncio.get_running_loop()
+        assert await latents(stores, job.lease, 0)
+        commits: list[object] = []
+
+        def commit(*_: Any) -> None:
+            if not commits:
+                commits.append(None)
+                commits[0] = asyncio.run_coroutine_threadsafe(segment(stores, job.lease, 0), loop).result(10)
+
+        engine = stores.database._engine
+        sa.event.listen(engine, "after_cursor_execute", commit)
+        page = await stores.chunks.segments("a", job.id, 0)
+        commits.clear()
+        sa.event.remove(engine, "after_cursor_execute", commit)
+        assert (page.job.init_blob is None) == (page.chunks == ())
+
+    asyncio.run(run())
+
+
 def test_how_far_a_job_is_published_takes_no_look_at_each_of_its_chunks(opened: OpenStores) -> None:
     stores = opened()
     if stores.database.is_postgres:
