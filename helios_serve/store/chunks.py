@@ -259,7 +259,8 @@ def _commit_segment(connection: sa.Connection, lease: Lease, commit: SegmentComm
     if owned.num_chunks == owned.next_chunk and num_undecoded(connection, lease.job_id) == 0:
         end_job(connection, lease.job_id, old="running", epoch=lease.epoch, new="finished")
         return _progress(connection, lease.job_id)
-    return Committed(standing=_standing_of(connection, owned, chunk_record(placed)))
+    num_published = _num_published(connection, owned.id)
+    return Committed(standing=_standing_of(connection, owned, num_published, chunk_record(placed)))
 
 
 def _prolonged(lease_s: float) -> sa.ColumnElement[Any]:
@@ -276,7 +277,7 @@ def _is_done(connection: sa.Connection, lease: Lease, idx: int, half: str, key: 
 
 def _progress(connection: sa.Connection, job_id: str) -> Committed:
     row = connection.execute(sa.select(job).where(job.c.id == job_id)).one()
-    return Committed(standing=_standing_of(connection, job_record(row)))
+    return Committed(standing=_standing_of(connection, job_record(row), _num_published(connection, job_id)))
 
 
 def _published(job_id: Any) -> sa.ColumnElement[int]:
@@ -346,19 +347,14 @@ def _chunk(connection: sa.Connection, job_id: str, idx: int) -> Chunk | None:
 
 
 def _standing(connection: sa.Connection, tenant_id: str, job_id: str) -> Standing:
-    found, num_published = _owned(connection, tenant_id, job_id)
-    return _standing_at(connection, found, num_published)
+    return _standing_of(connection, *_owned(connection, tenant_id, job_id))
 
 
 def _standings(connection: sa.Connection, jobs: Sequence[Job]) -> list[Standing]:
-    return [_standing_of(connection, found) for found in jobs]
+    return [_standing_of(connection, found, _num_published(connection, found.id)) for found in jobs]
 
 
-def _standing_of(connection: sa.Connection, found: Job, known: Chunk | None = None) -> Standing:
-    return _standing_at(connection, found, _num_published(connection, found.id), known)
-
-
-def _standing_at(connection: sa.Connection, found: Job, num_published: int, known: Chunk | None = None) -> Standing:
+def _standing_of(connection: sa.Connection, found: Job, num_published: int, known: Chunk | None = None) -> Standing:
     """known: a chunk that need not be read when it is the last one."""
     if num_published == 0:
         last = None
