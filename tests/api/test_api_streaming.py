@@ -15,6 +15,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from helios_serve.api import streaming
 from helios_serve.api.mime import codec_of, mime_type_of
 from helios_serve.workers.segment import SegmentSpec, encode_segment
 from tests.api.conftest import client_of
@@ -167,6 +168,16 @@ def test_segments_come_before_the_end(server: str) -> None:
             video = client.get(f"/v1/videos/{answer.headers['x-video-id']}").json()
             assert video["status"] == "in_progress"
             assert b"".join(pieces) == b"[slow:1][slow:2]"
+
+
+def test_a_segment_of_several_pieces_is_whole(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert streaming.PIECE_BYTES % 3 == 0  # base64 of pieces has no seam
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 3)
+    body = {"prompt": "p", "num_frames": 66, "stream": True}
+    events = events_of(client.post(URL, json=body).text)
+    media = [base64.b64decode(data["b64_json"]) for _, event, data in events if event.endswith("partial_video")]
+    assert media == [b"INIT[p:0]", b"[p:1]"]
+    assert client.post(URL, json=body, headers={"accept": "video/mp4"}).content == b"INIT[p:0][p:1]"
 
 
 def test_asynchronous_generation(client: TestClient) -> None:
